@@ -1,0 +1,1 @@
+"""The coordinator. Holds heads and signatures, never an image, never torch."""

@@ -1,0 +1,1 @@
+"""The coordinator's public port: signed manifest and blob download over gRPC with mutual TLS."""

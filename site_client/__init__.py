@@ -1,0 +1,1 @@
+"""The hospital. MRI enters here and stops here."""

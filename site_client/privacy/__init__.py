@@ -1,0 +1,1 @@
+"""Patient-level differential privacy: sampling, mechanism, accounting, durable events."""

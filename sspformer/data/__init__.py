@@ -1,0 +1,1 @@
+"""BIDS dataset to volumes to slices; patient-level split; frozen-feature cache."""

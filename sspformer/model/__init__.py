@@ -1,0 +1,1 @@
+"""The network: slim head, encoder, decoder, tails, and the presets that assemble them."""

@@ -1,0 +1,1 @@
+"""One file per task: how it degrades a slice, its loss, its metrics."""
