@@ -1,0 +1,69 @@
+"""The coordinator's command line. Each command is thin: it imports its implementation when called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sspformer.contract.console import command_app, run_app
+
+app = command_app(
+    "The coordinator: publishes a frozen encoder, admits hospitals and runs rounds of fine-tuning.\n\n"
+    "It holds heads and signatures, never an image. Start with: central init STATE --name NAME --host HOST"
+)
+
+State = Annotated[Path, typer.Argument(metavar="STATE", help="The coordinator's folder.", show_default=False)]
+
+
+@app.command()
+def init(
+    state: State,
+    name: Annotated[str, typer.Option(help="Name of the federation: lower-case letters, digits and dashes.")],
+    host: Annotated[str, typer.Option(help="DNS name or IP address at which hospitals reach this machine.")],
+    gateway_port: Annotated[int, typer.Option(help="The one port that hospitals reach for artifacts.")] = 8443,
+    superlink_port: Annotated[int, typer.Option(help="Port of Flower's SuperLink.")] = 8444,
+) -> None:
+    """Make the coordinator's folder, keys and certificates. Refuses to overwrite."""
+    from central.federation import create
+
+    for line in create(state, name=name, host=host, gateway_port=gateway_port, superlink_port=superlink_port):
+        typer.echo(line)
+
+
+@app.command()
+def admit(
+    state: State,
+    request: Annotated[Path, typer.Argument(metavar="REQUEST.json", help="What `site-client init` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where the admission goes; beside the request if not given.")
+    ] = None,
+) -> None:
+    """Check a hospital's request, issue its certificate and write its sealed admission."""
+    from central.admission import admit_file
+
+    for line in admit_file(state, request, output):
+        typer.echo(line)
+
+
+@app.command()
+def publish(
+    state: State,
+    encoder: Annotated[Path, typer.Option(help="Frozen encoder, safetensors.")],
+    head: Annotated[Path, typer.Option(help="Warm head that training starts from, safetensors.")],
+) -> None:
+    """Copy the encoder and the warm head by digest and sign the manifest. Never loads them."""
+    from central.registry import publish_files
+
+    for line in publish_files(state, encoder=encoder, head=head):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Entry point of `central`."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()
