@@ -1,0 +1,120 @@
+"""Checkpoints: safetensors that carry their architecture, loaded against a digest and an exact set of keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sspformer.contract.errors import Code, Refused
+from sspformer.model.assembly import Architecture, Head, build_encoder
+from sspformer.model.encoder import Encoder
+
+
+def file_digest(path: Path) -> str:
+    """``sha256:<hex>`` of a file.
+
+    Raises:
+        Refused: E-STATE where it cannot be read.
+    """
+    try:
+        return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise Refused(Code.STATE, f"{path} cannot be read ({error.strerror}).", "check the path.") from error
+
+
+def save_module(path: Path, module: nn.Module, arch: Architecture, role: str, half: bool = False) -> str:
+    """Write a module with its architecture, atomically; returns its digest.
+
+    Args:
+        path: target file.
+        module: encoder or head.
+        arch: its architecture.
+        role: ``encoder`` or ``head``.
+        half: store float16 (for a frozen encoder; features are float16 anyway).
+    """
+    tensors = {n: (p.detach().half() if half else p.detach()).cpu().contiguous() for n, p in module.named_parameters()}
+    return save_tensors(path, tensors, {"role": role, "architecture": json.dumps(asdict(arch), sort_keys=True)})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write tensors atomically; returns the file's digest."""
+    payload = safetensors.torch.save(tensors, metadata=metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as handle:
+        handle.write(payload)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    return "sha256:" + hashlib.sha256(payload).hexdigest()
+
+
+def load_encoder(path: Path, digest: str | None = None) -> tuple[Encoder, Architecture]:
+    """The frozen encoder of a file, in float32, without gradients.
+
+    Args:
+        path: a safetensors file written by `save_module`.
+        digest: what the file's digest must be, if known.
+
+    Raises:
+        Refused: E-DIGEST, E-FORMAT or E-TENSORS; nothing of the file is used then.
+    """
+    tensors, arch = _load(path, digest, "encoder")
+    encoder = build_encoder(arch)
+    assign_exactly(encoder, tensors, str(path))
+    return encoder.eval().requires_grad_(False), arch
+
+
+def load_head(path: Path, digest: str | None = None) -> tuple[Head, Architecture]:
+    """The head of a file; raises as `load_encoder`."""
+    tensors, arch = _load(path, digest, "head")
+    head = Head(arch)
+    assign_exactly(head, tensors, str(path))
+    return head, arch
+
+
+def assign_exactly(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into a module's parameters; names, shapes and finiteness must all be right.
+
+    Raises:
+        Refused: E-TENSORS naming the first difference.
+    """
+    expected = dict(module.named_parameters())
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise Refused(Code.TENSORS, f"{where}: {len(missing)} tensors missing {missing[:2]}, {len(extra)} not expected "
+                      f"{extra[:2]}.", "use a file made for this preset.")  # fmt: skip
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            raise Refused(Code.TENSORS, f"{where}: {name} has shape {tuple(tensors[name].shape)}, expected "
+                          f"{tuple(parameter.shape)}.", "use a file made for this preset.")  # fmt: skip
+        if not torch.isfinite(tensors[name]).all():
+            raise Refused(Code.TENSORS, f"{where}: {name} is not finite.", "get the file again.")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
+
+
+def _load(path: Path, digest: str | None, role: str) -> tuple[dict[str, Tensor], Architecture]:
+    actual = file_digest(path)
+    if digest is not None and actual != digest:
+        raise Refused(Code.DIGEST, f"{path} has digest {actual[:19]}…, expected {digest[:19]}….", "fetch it again.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        arch = Architecture(**json.loads(metadata["architecture"]))
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise Refused(Code.FORMAT, f"{path} is not a checkpoint of this product ({type(error).__name__}).",
+                      "use a safetensors file written by `sspformer`.") from error  # fmt: skip
+    if metadata.get("role") != role:
+        raise Refused(Code.FORMAT, f"{path} holds a {metadata.get('role')!r}, not a {role!r}.", "swap the files.")
+    return tensors, arch
