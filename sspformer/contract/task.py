@@ -5,7 +5,8 @@ A site acts on nothing that its pinned coordinator key has not signed, and on no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -18,6 +19,14 @@ from sspformer.contract.plan import Digest, RunPlan
 
 PLAN_KIND = "plan"
 TASK_KIND = "round"
+
+# Every number that a site may say about its round, and its range. Run time is not among them: with Poisson sampling it
+# tells how many patients were drawn.
+METRICS: dict[str, tuple[float, float]] = {
+    "patients_bucket": (0, 1e6),
+    "steps": (0, 1e6),
+    "epsilon": (0, 1e3),
+}
 
 
 class RoundTask(BaseModel):
@@ -67,6 +76,16 @@ def open_task(envelope: bytes, trusted: Iterable[Ed25519PublicKey], plan: RunPla
     if task.plan_digest != plan_digest(plan) or task.run != plan.run or task.round > last:
         raise Refused(Code.PLAN, f"A task does not belong to the plan of run {plan.run}.", "Tell the coordinator.")
     return task
+
+
+def agreed_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Keep only named numbers within their range, rounded to four digits. The rest is dropped without a word."""
+    kept: dict[str, float] = {}
+    for name, (low, high) in METRICS.items():
+        value = metrics.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high:
+            kept[name] = round(float(value), 4)
+    return kept
 
 
 def _read(model: type[Any], payload: dict[str, Any], noun: str) -> Any:
