@@ -1,0 +1,252 @@
+"""What the coordinator stands for: the sites it admitted, and the files it published."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cryptography import x509
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from central.federation import Federation
+from sspformer.contract.artifact import Header, read_header
+from sspformer.contract.canonical import canonical_bytes, parse
+from sspformer.contract.durable import sync_folder, write_file
+from sspformer.contract.errors import Code, Refused
+from sspformer.contract.joining import SiteName
+from sspformer.contract.manifest import (
+    MAX_ARTIFACT_BYTES,
+    Artifact,
+    Manifest,
+    blob_name,
+    seal_manifest,
+    verify_manifest,
+)
+
+_MAX_REGISTER_BYTES = 16 << 20
+_COPY_BYTES = 1 << 20
+
+
+class AdmittedSite(BaseModel):
+    """One hospital that may call the gateway and whose node may join runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: SiteName
+    serial: str  # of its TLS certificate, hexadecimal
+    certificate: str  # PEM
+    node_public_key: str  # OpenSSH, ECDSA P-384
+    signing_public_key: str  # PEM, Ed25519
+    since: str  # ISO 8601, UTC
+
+    def keys_equal(self, other: AdmittedSite) -> bool:
+        """Say whether two entries are of the same site with the same keys, whatever their certificates."""
+        return (self.name, self.node_public_key, self.signing_public_key) == (
+            other.name,
+            other.node_public_key,
+            other.signing_public_key,
+        )
+
+
+class SiteRegistry:
+    """The register of admitted sites: one JSON file, replaced whole, written under a lock.
+
+    Args:
+        path: `registry/sites.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def sites(self) -> list[AdmittedSite]:
+        """Return the admitted sites in the order of their admission.
+
+        Raises:
+            Refused: E-STATE when the register is damaged.
+        """
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return []
+        try:
+            entries = parse(data, "the register of sites", max_bytes=_MAX_REGISTER_BYTES)["sites"]
+            return [AdmittedSite.model_validate(entry) for entry in entries]
+        except (Refused, ValidationError, KeyError, TypeError):
+            raise Refused(
+                Code.STATE, f"{self._path} is damaged.", "Restore it from the backup of the coordinator's folder."
+            ) from None
+
+    def find(self, serial: int) -> AdmittedSite | None:
+        """Return the site that holds the certificate with this serial, if it is admitted and still valid today."""
+        for site in self.sites():
+            if site.serial == f"{serial:x}":
+                expiry = x509.load_pem_x509_certificate(site.certificate.encode()).not_valid_after_utc
+                return site if datetime.datetime.now(datetime.UTC) < expiry else None
+        return None
+
+    def admit(self, site: AdmittedSite) -> AdmittedSite:
+        """Add a site. The same site with the same keys again returns the entry that is there.
+
+        Raises:
+            Refused: E-STATE when its name, or one of its keys, is another site's.
+        """
+        with self._locked():
+            sites = self.sites()
+            for known in sites:
+                if known.keys_equal(site):
+                    return known
+                if known.name == site.name:
+                    raise _taken(f"Site {site.name} is already admitted with other keys")
+                if known.node_public_key == site.node_public_key or known.signing_public_key == site.signing_public_key:
+                    raise _taken(f"A key of {site.name} is already that of site {known.name}")
+            entries = [entry.model_dump(mode="json") for entry in [*sites, site]]
+            write_file(self._path, canonical_bytes({"sites": entries}))
+            return site
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._path.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+class Publication:
+    """The published manifest and the blobs that it names.
+
+    Args:
+        federation: the coordinator.
+    """
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+
+    def manifest(self) -> Manifest:
+        """Return what is published.
+
+        Raises:
+            Refused: E-STATE when nothing is; E-SIGNATURE or E-FORMAT when the file is not ours.
+        """
+        return verify_manifest(self.envelope(), self._federation.signing_key().public_key())
+
+    def envelope(self) -> bytes:
+        """Return the sealed manifest as hospitals get it.
+
+        Raises:
+            Refused: E-STATE when nothing is published.
+        """
+        try:
+            return self._federation.manifest_path.read_bytes()
+        except FileNotFoundError:
+            raise Refused(
+                Code.STATE,
+                f"Nothing is published in {self._federation.root}.",
+                "Run: central publish STATE --encoder FILE --head FILE",
+            ) from None
+
+    def blob_path(self, digest: str) -> Path:
+        """Return where a published file lies. The digest must have been checked to be one."""
+        return self._federation.blobs / blob_name(digest)
+
+    def publish(self, *, encoder: Path, head: Path) -> Manifest:
+        """Copy both files by digest, then sign and replace the manifest. Nothing is loaded.
+
+        Raises:
+            Refused: E-FORMAT when a file is not plain safetensors or the two do not belong together; E-STATE when one
+                cannot be read.
+        """
+        artifacts: list[Artifact] = []
+        for role, path in (("encoder", encoder), ("head", head)):
+            digest, header = self._copy(path)
+            artifacts.append(_describe(role, path, digest, header))
+        if artifacts[0].preset != artifacts[1].preset:
+            raise Refused(
+                Code.FORMAT,
+                f"{encoder.name} is of preset {artifacts[0].preset} and {head.name} of {artifacts[1].preset}.",
+                "Publish an encoder and a head that were made together.",
+            )
+        sequence = self.manifest().sequence + 1 if self._federation.manifest_path.exists() else 1
+        manifest = Manifest(federation=self._federation.config.name, sequence=sequence, artifacts=artifacts)
+        write_file(self._federation.manifest_path, seal_manifest(manifest, self._federation.signing_key()))
+        return manifest
+
+    def _copy(self, source: Path) -> tuple[str, Header]:
+        """Copy a file into the blobs; what is checked and hashed is the copy, which no one else can change."""
+        read_header(source)  # refuse early, before copying something large
+        temporary = self._federation.blobs / f".{secrets.token_hex(8)}.tmp"
+        hasher = hashlib.sha256()
+        try:
+            with source.open("rb") as reader, temporary.open("xb") as writer:
+                while piece := reader.read(_COPY_BYTES):
+                    hasher.update(piece)
+                    writer.write(piece)
+                writer.flush()
+                os.fsync(writer.fileno())
+            header = read_header(temporary, source.name)
+            if header.file_bytes > MAX_ARTIFACT_BYTES:
+                raise Refused(
+                    Code.FORMAT,
+                    f"{source.name} has {header.file_bytes} bytes; {MAX_ARTIFACT_BYTES} are allowed.",
+                    "Publish a smaller model.",
+                )
+            digest = f"sha256:{hasher.hexdigest()}"
+            os.replace(temporary, self.blob_path(digest))
+            sync_folder(self._federation.blobs)
+        except OSError as error:
+            raise Refused(
+                Code.STATE, f"{source} cannot be copied ({error.strerror}).", "Check its rights and the free space."
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return digest, header
+
+
+def publish_files(root: Path, *, encoder: Path, head: Path) -> list[str]:
+    """Publish an encoder and a head; return lines for the operator.
+
+    Raises:
+        Refused: as `Publication.publish`.
+    """
+    manifest = Publication(Federation.open(root)).publish(encoder=encoder, head=head)
+    lines = [f"Published manifest {manifest.sequence} of {manifest.federation}."]
+    for artifact in manifest.artifacts:
+        lines.append(f"  {artifact.role}: {artifact.file_name}, {artifact.bytes} bytes, {artifact.digest}")
+    return lines
+
+
+def _describe(role: str, path: Path, digest: str, header: Header) -> Artifact:
+    if header.metadata.get("role", role) != role:
+        raise Refused(Code.FORMAT, f"{path.name} is not the {role}.", "Give the encoder and the head in their places.")
+    values = {
+        "role": role,
+        "digest": digest,
+        "bytes": header.file_bytes,
+        "preset": _preset(header),
+        "task": header.metadata.get("task") if role == "head" else None,
+        "file_name": path.name,
+    }
+    try:
+        return Artifact.model_validate(values)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        raise Refused(
+            Code.FORMAT, f"{path.name} cannot be published: its {key} is not a plain label.", "Rename it."
+        ) from None
+
+
+def _preset(header: Header) -> str:
+    """Return the name of the architecture that `sspformer` writes into a checkpoint."""
+    try:
+        description = parse(header.metadata["architecture"].encode(), "the architecture", max_bytes=1 << 16)
+        return str(description["name"])
+    except (Refused, KeyError, TypeError):
+        return "custom"
+
+
+def _taken(what: str) -> Refused:
+    return Refused(Code.STATE, f"{what}.", "Ask the site to run `site-client init` with a name and keys of its own.")
