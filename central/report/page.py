@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from central.report import charts
 from central.report.summary import METHODS, SiteResult, Summary
+from sspformer.contract.durable import write_file
 
 #: What the slices of one hospital are called in its pictures file, in the order of the page.
 PICTURES: tuple[tuple[str, str], ...] = (
-    ("clean", "reference"),
+    ("target", "reference"),
     ("input", "noisy input"),
     ("nlm", "non-local means"),
     ("warm", "warm head"),
@@ -35,12 +35,7 @@ def write_report(summary: Summary, pictures: Pictures, path: Path) -> None:
         pictures: per site, slices_HW in [0, 1] by the keys of `PICTURES`; a missing one is left out.
         path: where the page goes.
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(render(summary, pictures))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_file(path, render(summary, pictures).encode())
 
 
 def render(summary: Summary, pictures: Pictures) -> str:
@@ -127,8 +122,8 @@ def traffic(summary: Summary) -> list[tuple[str, int, bool, str]]:
 
 def _panels(site: SiteResult, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Turn one hospital's slices into picture panels, cropped to the head."""
-    clean_HW = arrays["clean"]
-    crop = _head_box(clean_HW)
+    target_HW = arrays["target"]
+    crop = _head_box(target_HW)
     panels = []
     for key, name in PICTURES:
         if key not in arrays:
@@ -138,27 +133,27 @@ def _panels(site: SiteResult, arrays: Mapping[str, np.ndarray]) -> list[dict[str
             {
                 "name": name,
                 "image": charts.slice_png(image_HW),
-                "error": None if key == "clean" else charts.error_png(image_HW, clean_HW[crop]),
-                "psnr": None if key == "clean" else _slice_psnr(arrays[key], clean_HW),
+                "error": None if key == "target" else charts.error_png(image_HW, target_HW[crop]),
+                "psnr": None if key == "target" else _slice_psnr(arrays[key], target_HW),
             }
         )
     return panels
 
 
-def _head_box(clean_HW: np.ndarray) -> tuple[slice, slice]:
+def _head_box(target_HW: np.ndarray) -> tuple[slice, slice]:
     """Return the rows and columns that hold tissue, with a small margin."""
-    tissue = clean_HW > 0.05
+    tissue = target_HW > 0.05
     if not tissue.any():
         return slice(None), slice(None)
     box = []
-    for axis, size in ((1, clean_HW.shape[0]), (0, clean_HW.shape[1])):
+    for axis, size in ((1, target_HW.shape[0]), (0, target_HW.shape[1])):
         inside = np.flatnonzero(tissue.any(axis=axis))
         box.append(slice(max(0, int(inside[0]) - 6), min(size, int(inside[-1]) + 7)))
     return box[0], box[1]
 
 
-def _slice_psnr(image_HW: np.ndarray, clean_HW: np.ndarray) -> float:
-    error = np.mean((image_HW.astype(np.float64) - clean_HW.astype(np.float64)) ** 2)
+def _slice_psnr(image_HW: np.ndarray, target_HW: np.ndarray) -> float:
+    error = np.mean((image_HW.astype(np.float64) - target_HW.astype(np.float64)) ** 2)
     return float(-10 * np.log10(max(error, 1e-12)))
 
 

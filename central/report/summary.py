@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sspformer.contract.durable import write_file
 from sspformer.contract.errors import Code, Refused
 
 #: Training patients below which patient-level DP costs visible image quality, and below which it leaves almost nothing.
@@ -43,7 +43,7 @@ class HistoryPoint(_Model):
 
 
 class SiteResult(_Model):
-    """One hospital. Metrics are means over held-out patients: `*_whole_*` of the whole slice, the others of the head."""
+    """One hospital. Metrics are means over held-out patients; `*_whole_*` of whole slices, the others of the head."""
 
     name: str
     patients_train: Count
@@ -154,8 +154,8 @@ def warnings_for(summary: Summary) -> list[str]:
     if summary.data == "warped":
         lines.append(
             "These are not different people. Every patient here is one average brain (MNI152), warped and "
-            "re-contrasted differently at each hospital. The run shows that the system works, not how well it would do on a clinic's "
-            "patients."
+            "re-contrasted differently at each hospital. The run shows that the system works, not how well it would "
+            "do on a clinic's patients."
         )
     if min(site.patients_test for site in summary.sites) < 5:
         lines.append("Some hospitals hold out fewer than five patients: differences below 0.1 dB mean nothing here.")
@@ -164,13 +164,8 @@ def warnings_for(summary: Summary) -> list[str]:
 
 def write_summary(summary: Summary, path: Path) -> None:
     """Write summary.json as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(summary.model_dump(mode="json"), file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    text = json.dumps(summary.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
+    write_file(path, f"{text}\n".encode())
 
 
 def read_summary(path: Path) -> Summary:

@@ -85,10 +85,10 @@ def summary(*sites: SiteResult, **changes: Any) -> Summary:
 
 def pictures(*names: str) -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    clean_HW = np.zeros((64, 64))
-    clean_HW[12:52, 16:48] = 0.7
-    noisy = {key: np.clip(clean_HW + rng.normal(0, 0.1, clean_HW.shape), 0, 1) for key, _, _ in METHODS}
-    return {name: {"clean": clean_HW, **noisy} for name in names}
+    target_HW = np.zeros((64, 64))
+    target_HW[12:52, 16:48] = 0.7
+    noisy = {key: np.clip(target_HW + rng.normal(0, 0.1, target_HW.shape), 0, 1) for key, _, _ in METHODS}
+    return {name: {"target": target_HW, **noisy} for name in names}
 
 
 def test_summary_has_the_promised_keys_and_reads_back(tmp_path: Path) -> None:
