@@ -71,17 +71,22 @@ class SliceStack:
 
 
 def head_mask(data: np.ndarray, axis: int) -> np.ndarray:
-    """Boolean (X, Y, Z): the largest connected object above half of Otsu's threshold, holes filled slice by slice."""
+    """Boolean (X, Y, Z): inside the head.
+
+    Above half of Otsu's threshold, closed and filled slice by slice (the skull is dark, the brain inside it counts), then
+    the largest connected object.
+    """
     smooth = ndimage.gaussian_filter(data, [0 if i == axis else 1.0 for i in range(3)])
     low, high = np.percentile(smooth, (0.5, 99.5))
     clipped = np.clip(smooth, low, high)
-    threshold = low + 0.5 * (threshold_otsu(clipped) - low) if high > low else low
-    labels, count = ndimage.label(clipped > threshold)
+    threshold = low + 0.5 * (threshold_otsu(clipped.ravel()) - low) if high > low else low
+    above = np.moveaxis(clipped > threshold, axis, 0)
+    filled = np.stack([ndimage.binary_fill_holes(ndimage.binary_closing(one, iterations=2)) for one in above])
+    labels, count = ndimage.label(np.moveaxis(filled, 0, axis))
     if count > 1:
-        labels = labels == 1 + np.argmax(ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1)))
-    mask = np.moveaxis(labels > 0, axis, 0)
-    filled = np.stack([ndimage.binary_fill_holes(ndimage.binary_closing(one, iterations=2)) for one in mask])
-    return np.moveaxis(filled, 0, axis)
+        sizes = np.bincount(labels.ravel())
+        return labels == 1 + int(np.argmax(sizes[1:]))
+    return labels > 0
 
 
 def cut_slices(volume: Volume, size_px: int = 224, max_slices: int | None = None) -> SliceStack:

@@ -18,7 +18,7 @@ def split(subjects: Iterable[str], test_share: float = TEST_SHARE) -> tuple[list
 
     A subject's side depends on its own hash alone, so adding patients moves nobody. The one exception: in a
     small cohort a side that would be empty (or, from eight subjects on, hold a single one) takes the subjects nearest
-    to the border, so that it can be evaluated at all.
+    to the border, and never are more than half held out.
 
     Args:
         subjects: subject names.
@@ -30,5 +30,5 @@ def split(subjects: Iterable[str], test_share: float = TEST_SHARE) -> tuple[list
     ordered = sorted(set(subjects), key=lambda s: (rank(s), s))
     border = sum(rank(s) < test_share for s in ordered)
     fewest = 2 if len(ordered) >= 8 else min(1, len(ordered) // 2)
-    border = min(max(border, fewest), len(ordered) - fewest)
+    border = min(max(border, fewest), len(ordered) // 2)
     return sorted(ordered[border:]), sorted(ordered[:border])
