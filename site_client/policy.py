@@ -101,14 +101,15 @@ def _check_private(private: PrivateTraining, rounds: int, policy: Policy) -> Non
     if policy.max_epsilon is None:
         return
     # Imported here: the accountant brings scipy and opacus, which reading a site.yaml must not wait for.
-    from site_client.privacy.accounting import epsilon
+    from site_client.privacy.accounting import epsilon, within
     from sspformer.contract.privacy import MechanismEvent
 
-    whole_run = epsilon([MechanismEvent.of(private, rounds=rounds)], policy.delta)
-    if not whole_run <= policy.max_epsilon:
+    whole_run = [MechanismEvent.of(private, rounds=rounds)]
+    if not within(whole_run, policy.delta, policy.max_epsilon):
+        cost = epsilon(whole_run, policy.delta)
         raise Refused(
             Code.BUDGET,
-            f"the plan's {rounds} rounds would cost epsilon {whole_run:.2f} per patient at delta {policy.delta:g}; "
+            f"the plan's {rounds} rounds would cost epsilon {cost:.2f} per patient at delta {policy.delta:g}; "
             f"policy.max_epsilon is {policy.max_epsilon:g}.",
             "ask the coordinator for more noise (private.noise_multiplier) or fewer rounds.",
         )
