@@ -49,7 +49,7 @@ def accept(
 @app.command()
 def fetch(site: SiteFolder) -> None:
     """Download the published encoder and head, resume where a cut left off, verify, store."""
-    from site_client.gateway_client import fetch_published
+    from site_client.fetch import fetch_published
 
     for line in fetch_published(site):
         typer.echo(line)

@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from site_client.folder import SiteFolder
 from sspformer.contract import gateway_pb2, gateway_pb2_grpc
 from sspformer.contract.artifact import read_header
 from sspformer.contract.canonical import digest_file
-from sspformer.contract.durable import read_secret, sync_folder, write_file
+from sspformer.contract.durable import read_secret, sync_folder
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.manifest import Artifact, Manifest, verify_manifest
 
@@ -54,6 +55,8 @@ _OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),  # the destination is the configured one, whatever the environment says
 ]
+# How gRPC words a server certificate that does not hold. The connection is refused either way; this makes it clear.
+_IMPOSTOR = re.compile("CERTIFICATE_VERIFY_FAILED|[Hh]ostname [Vv]erification")
 Progress = Callable[[str, int, int], None]  # role, bytes there, bytes in all
 _Result = TypeVar("_Result")
 
@@ -204,6 +207,8 @@ class GatewayClient:
                 status = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
                 if status not in _PASSING:
                     raise self._answer(status) from None
+                if isinstance(error, grpc.RpcError) and _IMPOSTOR.search(error.details() or ""):
+                    raise self._impostor() from None
                 failures = 1 if position() > reached else failures + 1
                 reached = position()
                 if failures >= self._backoff.attempts:
@@ -222,6 +227,13 @@ class GatewayClient:
                     "Check the disk; then run the same command again: it continues where it stopped.",
                 ) from None
 
+    def _impostor(self) -> Refused:
+        return Refused(
+            Code.GATEWAY,
+            f"What answers at {self._target} has no certificate of this federation for that name.",
+            "Ask IT whether TLS is intercepted on the way, and the coordinator whether the address is right.",
+        )
+
     def _answer(self, status: grpc.StatusCode) -> Refused:
         if status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
             return Refused(
@@ -234,26 +246,6 @@ class GatewayClient:
             f"The coordinator at {self._target} refused the call ({status.name.lower()}).",
             "Ask the coordinator whether an encoder is published, and look into its log.",
         )
-
-
-def fetch_published(root: Path) -> list[str]:
-    """Fetch and verify the manifest and all that it names; keep the manifest last, so that it never names a missing file.
-
-    Returns:
-        Lines for the operator.
-
-    Raises:
-        Refused: as `GatewayClient.fetch_manifest` and `GatewayClient.fetch_blob`.
-    """
-    folder = SiteFolder.open(root)
-    lines = []
-    with GatewayClient(folder) as client, _progress_bar() as progress:
-        manifest, envelope = client.fetch_manifest()
-        for artifact in manifest.artifacts:
-            path = client.fetch_blob(artifact, progress)
-            lines.append(f"  {artifact.role}: {artifact.file_name}, {artifact.bytes} bytes, verified as {path.name}")
-        write_file(folder.manifest_path, envelope)
-    return [f"Manifest {manifest.sequence} of {manifest.federation}, signature verified.", *lines]
 
 
 class _EndedEarly(Exception):
@@ -328,25 +320,3 @@ def _only_one(store: Path) -> Iterator[None]:
                 Code.STATE, f"Another fetch is writing to {store}.", "Wait for it to end, then run the command again."
             ) from None
         yield
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress | None]:
-    """Show a bar to a person; stay silent in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as bar:
-
-        def show(role: str, done: int, total: int) -> None:
-            if role not in tasks:
-                tasks[role] = bar.add_task(role, total=total)
-            bar.update(tasks[role], completed=done)
-
-        yield show

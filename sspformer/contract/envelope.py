@@ -1,7 +1,7 @@
 """Signed envelopes: a payload, what kind it is, and an Ed25519 signature over both.
 
-The signature covers a fixed domain, then the canonical bytes of ``{"key_id", "kind", "payload"}``. An envelope is itself
-canonical JSON, so that one sealed payload has exactly one spelling and every byte of it matters.
+The signature covers a fixed domain, then the canonical bytes of ``{"key_id", "kind", "payload"}``. An envelope is
+itself canonical JSON, so that one sealed payload has exactly one spelling and every byte of it matters.
 """
 
 from __future__ import annotations
@@ -57,22 +57,14 @@ def verify(envelope: bytes, kind: str, trusted: Iterable[Ed25519PublicKey]) -> d
         trusted: the keys that the reader trusts for it.
 
     Raises:
-        Refused: E-FORMAT when the bytes are not an envelope; E-SIGNATURE when no trusted key signed this kind and payload.
+        Refused: E-FORMAT when the bytes are not an envelope; E-SIGNATURE when no trusted key signed this payload as this
+            kind.
     """
     fields = _open(envelope, kind)
-    if fields["kind"] != kind:
-        raise _untrusted(kind, "is sealed as another kind of message")
-    signature = bytes.fromhex(fields.pop("signature"))
-    signed = _DOMAIN + canonical_bytes(fields)
-    for key in trusted:
-        if key_id(key) == fields["key_id"]:
-            try:
-                key.verify(signature, signed)
-            except InvalidSignature:
-                raise _untrusted(kind, "does not match its signature") from None
-            payload: dict[str, Any] = fields["payload"]
-            return payload
-    raise _untrusted(kind, "is signed by a key that is not trusted here")
+    _check_kind(fields, kind)
+    _check_signature(fields, kind, trusted)
+    payload: dict[str, Any] = fields["payload"]
+    return payload
 
 
 def read_unverified(envelope: bytes, kind: str) -> dict[str, Any]:
@@ -96,9 +88,30 @@ def _open(envelope: bytes, kind: str) -> dict[str, Any]:
         raise _malformed(kind)
     if not re.fullmatch(rf"[0-9a-f]{{{2 * _SIGNATURE_BYTES}}}", fields["signature"]):
         raise _malformed(kind)
+    _check_spelling(fields, envelope, kind)
+    return fields
+
+
+def _check_spelling(fields: dict[str, Any], envelope: bytes, kind: str) -> None:
     if canonical_bytes(fields) != envelope:
         raise _malformed(kind)
-    return fields
+
+
+def _check_kind(fields: dict[str, Any], kind: str) -> None:
+    if fields["kind"] != kind:
+        raise _untrusted(kind, "is sealed as another kind of message")
+
+
+def _check_signature(fields: dict[str, Any], kind: str, trusted: Iterable[Ed25519PublicKey]) -> None:
+    signed = canonical_bytes({name: value for name, value in fields.items() if name != "signature"})
+    for key in trusted:
+        if key_id(key) == fields["key_id"]:
+            try:
+                key.verify(bytes.fromhex(fields["signature"]), _DOMAIN + signed)
+                return
+            except InvalidSignature:
+                raise _untrusted(kind, "does not match its signature") from None
+    raise _untrusted(kind, "is signed by a key that is not trusted here")
 
 
 def _malformed(kind: str) -> Refused:
