@@ -60,6 +60,58 @@ def publish(
         typer.echo(line)
 
 
+@app.command()
+def serve(state: State) -> None:
+    """Run gateway, SuperLink and SuperExec until Ctrl-C."""
+    from central.serve import serve as serve_coordinator
+
+    serve_coordinator(state)
+
+
+@app.command()
+def run(
+    state: State,
+    plan: Annotated[Path | None, typer.Argument(metavar="PLAN.yaml", help="The plan of a new run.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Name of a run to continue after its last closed round.")] = None,
+) -> None:
+    """Run the rounds of a plan and show each as it closes."""
+    from central.submit import resume_run, run_plan
+
+    if (plan is None) == (resume is None):
+        raise typer.BadParameter("give a PLAN.yaml for a new run, or --resume RUN")
+    if plan is not None:
+        run_plan(state, plan)
+    elif resume is not None:
+        resume_run(state, resume)
+
+
+@app.command()
+def status(state: State) -> None:
+    """Show what is published, who is admitted and how the runs stand."""
+    from central.status import describe
+
+    for line in describe(state):
+        typer.echo(line)
+
+
+head = command_app("The global head of a run.")
+app.add_typer(head, name="head")
+
+
+@head.command("export")
+def export(
+    state: State,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, safetensors.")],
+    after: Annotated[int | None, typer.Option("--round", help="After which round; the last one if not given.")] = None,
+) -> None:
+    """Write the global head of a run as one safetensors file."""
+    from central.status import export_head
+
+    for line in export_head(state, run, output, after):
+        typer.echo(line)
+
+
 def main() -> None:
     """Entry point of `central`."""
     run_app(app)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -182,19 +182,24 @@ class RunStore:
     # -- one process at a time ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_s: float = 0.0) -> Iterator[None]:
         """Hold the run. The kernel lets go when the process dies, however it dies.
+
+        Args:
+            wait_s: how long to wait for another holder; `is_held` is one for an instant.
 
         Raises:
             Refused: E-STATE, another process runs these rounds.
         """
+        deadline = time.monotonic() + wait_s
         with (self.folder / "lock").open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            while not _try_lock(handle):
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
                 raise Refused(
                     Code.STATE, f"Run {self.folder.name} is already running.", "Watch it: central status STATE"
-                ) from None
+                )
             yield
 
     def is_held(self) -> bool:
@@ -266,6 +271,14 @@ def write_head(published: Path, delta: Mapping[str, np.ndarray], target: Path) -
     head = {name: (value.astype(np.float32) + delta[name]).astype(value.dtype) for name, value in base.items()}
     write_file(target, save(head, metadata=metadata or None))
     return digest_tensors({name: value.astype(np.float32) for name, value in head.items()})
+
+
+def _try_lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read_record(line: str) -> RoundRecord | None:

@@ -55,6 +55,14 @@ def fetch(site: SiteFolder) -> None:
         typer.echo(line)
 
 
+@app.command()
+def start(site: SiteFolder) -> None:
+    """Run the site's SuperNode and worker until Ctrl-C."""
+    from site_client.start import start as start_site
+
+    start_site(site)
+
+
 def main() -> None:
     """Entry point of `site-client`."""
     run_app(app)

@@ -1,0 +1,131 @@
+"""The Flower server app: Flower's Grid as the transport of `central/rounds.py`. Nothing is decided here.
+
+SuperExec starts it from an app bundle that holds no code, only the name of this module; it is imported from the
+installed distribution. The run's name comes with Flower's run configuration, the coordinator's folder from the
+environment of the SuperExec, so that no path of this machine travels to a site.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+
+from central.app_bundle import STATE_VARIABLE
+from central.federation import Federation
+from central.registry import Publication, SiteRegistry
+from central.rounds import Reply, Request, Run, run_rounds
+from central.store import RunStore, head_shapes
+from sspformer.contract.errors import Code, Refused
+from sspformer.contract.supervise import die_with_parent
+from sspformer.contract.task import open_plan
+from sspformer.contract.tensors import DTYPE, STYPE
+
+_UPDATE, _CONFIG, _METRICS = "update", "config", "metrics"
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the rounds of the run that the run configuration names."""
+    die_with_parent()
+    federation = Federation.open(Path(os.environ[STATE_VARIABLE]))
+    store = RunStore(federation.root / "runs" / str(context.run_config["run"]))
+    key = federation.signing_key()
+    plan = open_plan(store.plan, [key.public_key()])
+    sites = {site.name: site.node_public_key for site in SiteRegistry(federation.sites_path).sites()}
+    shapes = head_shapes(Publication(federation).blob_path(plan.head))
+    with store.locked(wait_s=10.0):
+        try:
+            run_rounds(Run(plan, tuple(sorted(sites)), shapes, store, key, GridTransport(grid, sites)))
+        except Refused as refusal:
+            store.set_status("failed", code=refusal.code.value, message=str(refusal), round=store.last_round())
+            raise
+
+
+class GridTransport:
+    """Sites over Flower's Grid. A site is named by its registered key, never by what a node says of itself.
+
+    Args:
+        grid: Flower's Grid of this run.
+        sites: OpenSSH public key of each admitted site's node, by site name.
+    """
+
+    def __init__(self, grid: Grid, sites: Mapping[str, str]) -> None:
+        self._grid = grid
+        self._names = {_key_bytes(key): name for name, key in sites.items()}
+        self._nodes: dict[str, int] = {}
+        self._out: dict[str, tuple[str, Request]] = {}
+        # A reply is visible a moment before its tensors are; Flower then waits 1 s before it looks again.
+        if pull_objects.__kwdefaults__ is not None:
+            pull_objects.__kwdefaults__["initial_backoff"] = 0.05
+
+    def online(self) -> dict[str, str]:
+        """Connected admitted sites; the stamp is the moment of their node's last activation."""
+        stamps: dict[str, str] = {}
+        for node in self._grid.get_nodes():
+            name = self._names.get(bytes(node.public_key))
+            if name is not None:
+                self._nodes[name] = node.node_id
+                stamps[name] = node.last_activated_at
+        return stamps
+
+    def send(self, requests: Mapping[str, Request]) -> None:
+        """Push one message to each named site."""
+        names = sorted(requests)
+        messages = [self._message(self._nodes[name], requests[name]) for name in names]
+        for name, message_id in zip(names, self._grid.push_messages(messages), strict=True):
+            if message_id is not None:
+                self._out[message_id] = (name, requests[name])
+
+    def receive(self) -> Sequence[Reply]:
+        """Pull what was answered. Flower's own error replies (a crashed worker, say) become a code."""
+        if not self._out:
+            return []
+        replies: list[Reply] = []
+        for message in self._grid.pull_messages(list(self._out)):
+            sent = self._out.pop(message.metadata.reply_to_message_id, None)
+            if sent is not None:
+                replies.append(_read(message, *sent))
+        return replies
+
+    @staticmethod
+    def _message(node_id: int, request: Request) -> Message:
+        content = RecordDict(
+            {
+                "global": ArrayRecord({"delta": Array(DTYPE, (len(request.tensors),), STYPE, request.tensors)}),
+                _CONFIG: ConfigRecord({"plan": request.plan, "task": request.task}),
+            }
+        )
+        return Message(
+            content=content,
+            dst_node_id=node_id,
+            message_type=MessageType.TRAIN,
+            ttl=request.ttl_s,
+            group_id=str(request.round),
+        )
+
+
+def _read(message: Message, site: str, request: Request) -> Reply:
+    """Take apart what a site sent. Whatever is not as agreed counts as a failure of that site."""
+    if message.has_error():
+        return Reply(site, request.task, code=Code.INTERNAL.value)
+    content = message.content
+    code = content.config_records.get(_CONFIG, ConfigRecord()).get("code")
+    if code is not None:
+        return Reply(site, request.task, code=str(code))
+    arrays = content.array_records.get(_UPDATE, ArrayRecord())
+    tensors = arrays["delta"].data if "delta" in arrays else b""
+    return Reply(site, request.task, tensors, dict(content.metric_records.get(_METRICS, {})))
+
+
+def _key_bytes(openssh: str) -> bytes:
+    """A node's public key as the SuperLink keeps it."""
+    key = load_ssh_public_key(openssh.encode())
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,184 @@
+"""The locked runner: what stands in for Flower's SuperExec at a hospital.
+
+SuperExec would unpack the app bundle that the coordinator ships, and run it. This one takes tasks of the SuperNode's
+runtime API too, but calls the client app of the site's own installation; the bundle's bytes are never looked at. The
+process lives as long as the site, so torch, the encoder and the features stay warm between rounds.
+
+    python -m site_client.worker SITE --runtime-api 127.0.0.1:PORT
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SubStatus
+from flwr.common.serde import context_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.auth import load_superexec_auth_secret
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+
+from site_client.app import FinishFunction, RoundFunction, SiteLike, client_app
+from sspformer.contract.errors import Code
+from sspformer.contract.supervise import die_with_parent
+
+POLL_S = 0.1  # pause between looks for a task, on loopback
+BACKOFF_S = 0.05  # a task is visible a moment before its tensors are; Flower's own first pause is 1 s
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_LOG = logging.getLogger("site_client")
+
+
+class Runner:
+    """Takes client-app tasks one after another.
+
+    Args:
+        address: host and port of the SuperNode's runtime API, on loopback.
+        secret: what the SuperNode and this process share.
+        app: the installed client app.
+    """
+
+    def __init__(self, address: str, secret: bytes, app: ClientApp) -> None:
+        self._address = address
+        self._app = app
+        self._client = self._connect(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE}))
+
+    def serve(self) -> None:
+        """Take tasks for ever. A SuperNode that is away is waited for."""
+        while True:
+            if not self.take_one():
+                time.sleep(POLL_S)
+
+    def take_one(self) -> bool:
+        """Take and finish one task if there is one; say whether there was."""
+        try:
+            # Only client apps: an agent app or a connector would be code of the coordinator's choice.
+            claim = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        except httpx.HTTPError:
+            time.sleep(1.0)
+            return False
+        if not claim.HasField("task") or not claim.token:
+            return False
+        client = self._connect(RuntimeTokenHttpInterceptor(claim.token))
+        try:
+            self._work(client)
+        except httpx.HTTPError as error:
+            # The SuperNode went away in between. The reply is on disk; the coordinator asks again.
+            _LOG.warning("the SuperNode did not take part to the end (%s)", type(error).__name__)
+        finally:
+            client.close()
+        return True
+
+    def _work(self, client: RuntimeHttpClient) -> None:
+        heartbeat = HeartbeatSender(_heartbeat(client))
+        heartbeat.start()
+        context: Context | None = None
+        status, details = SubStatus.FAILED, Code.INTERNAL.value
+        try:
+            message, context = _pull(client)
+            push_message(client, self._app(message=message, context=context), context)
+            status, details = SubStatus.COMPLETED, ""
+        finally:
+            push_task_output(client, context, status, details)
+            if heartbeat.is_running:
+                heartbeat.stop()
+
+    def _connect(self, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self._address,
+            insecure=True,  # loopback, between two processes of one user; the secret authenticates
+            root_certificates=None,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *interceptors],
+        )
+
+
+def _pull(client: RuntimeHttpClient) -> tuple[Message, Context]:
+    """Take over a task's message and context. The answer brings the app bundle along; it is dropped unread."""
+    task = client.PullTaskInput(PullTaskInputRequest())
+    context = context_from_proto(task.context)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, task.run.run_id, context.node_id
+    pulled = client.PullMessages(PullAppMessagesRequest())
+    tree = pulled.message_object_trees[0]
+    node = Node(node_id=context.node_id)
+    message = pull_and_inflate_object_from_tree(
+        tree,
+        make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
+        return_type=Message,
+        initial_backoff=BACKOFF_S,
+    )
+    message.metadata.__dict__["_message_id"] = tree.object_id  # a deflated message does not carry its own name
+    return message, context
+
+
+def _heartbeat(client: RuntimeHttpClient) -> Callable[[], bool]:
+    """Say that the task is alive. Flower's own function ends the process when the task is gone; a warm one stays."""
+
+    def beat() -> bool:
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+    return beat
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    open_site: Callable[[Path], SiteLike] | None = None,
+    round_function: RoundFunction | None = None,
+    finish_function: FinishFunction | None = None,
+) -> None:
+    """Open the site and serve. The functions are parameters for tests only: no message can name them."""
+    die_with_parent()
+    parser = argparse.ArgumentParser(description="The hospital's locked runner.")
+    parser.add_argument("site", type=Path)
+    parser.add_argument("--runtime-api", required=True, help="host:port of the SuperNode's runtime API")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    secret = load_superexec_auth_secret(str(options.site / "keys" / "superexec.secret"))
+    if secret is None:
+        raise SystemExit(f"{Code.STATE}: keys/superexec.secret is missing. Next: site-client init")
+    if open_site is None:
+        from site_client.site import Site
+
+        open_site = Site.open
+    if round_function is None or finish_function is None:
+        from site_client.local_round import finish, local_round
+
+        round_function, finish_function = round_function or local_round, finish_function or finish
+    site = open_site(options.site)
+    Runner(options.runtime_api, secret, client_app(site, round_function, finish_function)).serve()
+
+
+if __name__ == "__main__":
+    main()
