@@ -57,8 +57,8 @@ def verify(envelope: bytes, kind: str, trusted: Iterable[Ed25519PublicKey]) -> d
         trusted: the keys that the reader trusts for it.
 
     Raises:
-        Refused: E-FORMAT when the bytes are not an envelope; E-SIGNATURE when no trusted key signed this payload as this
-            kind.
+        Refused: E-FORMAT when the bytes are not an envelope; E-SIGNATURE when no trusted key signed this payload
+            as this kind.
     """
     fields = _open(envelope, kind)
     _check_kind(fields, kind)
