@@ -112,6 +112,21 @@ def export(
         typer.echo(line)
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder that everything is written to.")] = Path("runs/demo"),
+    site: Annotated[list[Path] | None, typer.Option(help="A hospital's BIDS folder; repeat for each.")] = None,
+    patients: Annotated[int, typer.Option(min=4, help="Patients per hospital, where no folder is given.")] = 200,
+    seed: Annotated[int, typer.Option(help="Decides the patients, where no folder is given.")] = 1,
+) -> None:
+    """Run a coordinator and three hospitals on this machine and write a report."""
+    from central.demo.progress import Progress
+    from central.demo.run import Demo, run_demo
+
+    progress = Progress()
+    progress.show(run_demo(Demo(out, tuple(site or ()), patients, seed), progress), out)
+
+
 def main() -> None:
     """Entry point of `central`."""
     run_app(app)

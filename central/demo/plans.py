@@ -1,0 +1,44 @@
+"""The two plans of the demo: without and with differential privacy. Every constant in them is public."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sspformer.contract.durable import write_file
+from sspformer.contract.plan import RunPlan
+
+PLAIN, PRIVATE = "plain", "private"
+
+
+def public_size(patients: int) -> int:
+    """The cohort size that a plan may know: rounded down to a power of two, so that one patient changes nothing."""
+    return 1 << (max(2, patients).bit_length() - 1)
+
+
+def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int) -> RunPlan:
+    """Fill in one of the packaged plans.
+
+    Args:
+        name: `plain` or `private`.
+        published: digests of the published `encoder` and `head`.
+        sites: how many hospitals take part.
+        smallest: training patients of the smallest hospital.
+    """
+    settings: dict[str, Any] = yaml.safe_load((files("central.demo") / f"{name}.yaml").read_text())
+    settings |= dict(published)
+    settings["quorum"] = min(settings["quorum"], sites)  # the demo shows every hospital, so it waits for all
+    if name == PRIVATE:
+        private = settings["private"]
+        private["expected_patients"] = private["sample_rate"] * public_size(smallest)
+    return RunPlan.model_validate(settings)
+
+
+def write_plan(plan: RunPlan, path: Path) -> None:
+    """Write a plan the way an operator would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False).encode())
