@@ -13,22 +13,25 @@ from sspformer.model.assembly import Head, trainable_names
 from sspformer.tasks.denoise import Denoise
 
 
-def patient_batch(cohort: Cohort, picks: Sequence[tuple[str, int]], device: torch.device) -> tuple[Tensor, ...]:
+def slice_batch(cohort: Cohort, picks: Sequence[tuple[str, int]], device: torch.device) -> tuple[Tensor, ...]:
     """Slices as a batch: features (B, N, D), base, target and inside (B, 1, H, W).
 
     Args:
         cohort: where slices are read from.
-        picks: (subject, random number) per slice; the number chooses the slice among those of the subject.
+        picks: (subject, number of the slice among the subject's) per row.
         device: where the batch goes.
     """
-    rows = []
-    for subject, number in picks:
-        entries = cohort.entries[subject]
-        example = cohort.cache.load(entries[number % len(entries)])
-        row = (number // len(entries)) % len(example.base)
-        rows.append((example.features[row], example.base[row][None], example.target[row][None], example.inside[row][None]))
-    features, base, target, inside = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+    columns = zip(*(cohort.slice_at(subject, number) for subject, number in picks), strict=True)
+    features, base, target, inside = (torch.stack(column).to(device) for column in columns)
     return features.float(), base.float(), target.float(), inside
+
+
+def select_trainable(head: Head, part: str) -> list[torch.nn.Parameter]:
+    """Let gradients reach a part of the head and no other; returns that part's parameters in the head's order."""
+    names = set(trainable_names(head, part))
+    for name, parameter in head.named_parameters():
+        parameter.requires_grad_(name in names)
+    return [parameter for name, parameter in head.named_parameters() if name in names]
 
 
 def train(
@@ -62,12 +65,7 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    names = set(trainable_names(head, trainable))
-    parameters = []
-    for name, parameter in head.named_parameters():
-        parameter.requires_grad_(name in names)
-        if name in names:
-            parameters.append(parameter)
+    parameters = select_trainable(head, trainable)
     device = parameters[0].device
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -77,8 +75,9 @@ def train(
         warm_up = min(1.0, (step + 1) / max(1, steps // 10))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warm_up * 0.5 * (1 + np.cos(np.pi * step / steps))
-        picks = [(cohort.train[rng.integers(len(cohort.train))], int(rng.integers(2**31))) for _ in range(batch_slices)]
-        features, base, target, inside = patient_batch(cohort, picks, device)
+        subjects = [cohort.train[i] for i in rng.integers(len(cohort.train), size=batch_slices)]
+        picks = [(subject, int(rng.integers(cohort.slice_count(subject)))) for subject in subjects]
+        features, base, target, inside = slice_batch(cohort, picks, device)
         optimizer.zero_grad(set_to_none=True)
         loss = task.loss(head(features, base), target, inside)
         loss.backward()

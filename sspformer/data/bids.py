@@ -113,12 +113,18 @@ def read_opt_outs(folder: Path) -> set[str]:
     return opted
 
 
+def contrast_of(path: Path) -> str | None:
+    """The contrast that a BIDS file name states, or None."""
+    match = _SCAN.match(path.name)
+    if match is None:
+        return None
+    return f"ce-{match['suffix']}" if "ce-" in (match["entities"] or "") else match["suffix"]
+
+
 def _scans_of(root: Path) -> list[Scan]:
     scans = []
     for path in sorted([*root.glob("anat/*.nii*"), *root.glob("ses-*/anat/*.nii*")]):
-        match = _SCAN.match(path.name)
-        if match is None or match["subject"] != root.name:
-            continue
-        enhanced = "ce-" in (match["entities"] or "")
-        scans.append(Scan(root.name, f"ce-{match['suffix']}" if enhanced else match["suffix"], path))
+        contrast = contrast_of(path)
+        if contrast is not None and path.name.startswith(f"{root.name}_"):
+            scans.append(Scan(root.name, contrast, path))
     return scans

@@ -43,6 +43,14 @@ class Example:
     inside: Tensor
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One cached scan in one noise variant, and how many slices it holds."""
+
+    path: Path
+    slices: int
+
+
 class FeatureCache:
     """Entries on disk, one file per scan and noise variant.
 
@@ -69,21 +77,24 @@ class FeatureCache:
         self.max_slices = max_slices
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def entry(self, scan: Scan, variant: int) -> Path:
-        """Path of the entry of a scan, made if it is not there.
+    def entry(self, scan: Scan, variant: int) -> Entry:
+        """The entry of a scan, made if it is not there.
 
         Raises:
             Refused: E-DATA where the scan cannot be used.
         """
         key = self._key(scan, variant)
         path = self._subject_folder(scan.subject) / f"{key}.safetensors"
-        if not (path.exists() and _is_sound(path, key)):
-            self._write(path, key, self._compute(scan, variant))
-        return path
+        slices = _sound_slices(path, key)
+        if slices is None:
+            tensors = self._compute(scan, variant)
+            self._write(path, key, tensors)
+            slices = len(tensors["base"])
+        return Entry(path, slices)
 
-    def load(self, path: Path) -> Example:
+    def load(self, entry: Entry) -> Example:
         """Read an entry."""
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(entry.path, framework="pt") as file:
             return Example(*(file.get_tensor(name) for name in ("features", "base", "target", "inside")))
 
     def keep_only(self, subjects: set[str]) -> int:
@@ -156,11 +167,14 @@ def _content_digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _is_sound(path: Path, key: str) -> bool:
+def _sound_slices(path: Path, key: str) -> int | None:
+    """Slices of an entry that is whole and belongs to the key; None where there is no such entry."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, safetensors.SafetensorError):
-        return False
-    return metadata.get("key") == key and metadata.get("content") == _content_digest(tensors)
+        return None
+    if metadata.get("key") != key or metadata.get("content") != _content_digest(tensors):
+        return None
+    return len(tensors["base"])

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from sspformer.contract.errors import Code, Refused
 from sspformer.data.bids import Skipped, read_dataset
-from sspformer.data.cache import Example, FeatureCache
+from sspformer.data.cache import Entry, Example, FeatureCache
 from sspformer.data.split import split
 
 
@@ -18,7 +20,7 @@ class Cohort:
 
     Attributes:
         train, test: subjects, sorted.
-        entries: paths of cache entries by subject; one per scan and noise variant.
+        entries: cache entries by subject; one per scan and noise variant.
         skipped: what was left out and why; stays at the site.
         mri_bytes: size of the image files that were read.
     """
@@ -26,13 +28,26 @@ class Cohort:
     cache: FeatureCache
     train: list[str]
     test: list[str]
-    entries: dict[str, list[Path]]
+    entries: dict[str, list[Entry]]
     skipped: list[Skipped] = field(default_factory=list)
     mri_bytes: int = 0
 
     def examples(self, subject: str) -> list[Example]:
         """All slices of one patient, read from the cache."""
-        return [self.cache.load(path) for path in self.entries[subject]]
+        return [self.cache.load(entry) for entry in self.entries[subject]]
+
+    def slice_count(self, subject: str) -> int:
+        """Slices of one patient, over all scans and noise variants."""
+        return sum(entry.slices for entry in self.entries[subject])
+
+    def slice_at(self, subject: str, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One slice of a patient, 0 <= number < `slice_count`: features (N, D), base, target, inside (1, H, W)."""
+        for entry in self.entries[subject]:
+            if number < entry.slices:
+                e = self.cache.load(entry)
+                return e.features[number], e.base[number][None], e.target[number][None], e.inside[number][None]
+            number -= entry.slices
+        raise IndexError(f"{subject} has no slice of that number")
 
 
 def open_cohort(
@@ -63,11 +78,11 @@ def open_cohort(
         progress(done, len(dataset.subjects))
         for scan in scans:
             try:
-                paths = [cache.entry(scan, v) for v in range(1 if subject in held_out else variants)]
+                entries = [cache.entry(scan, v) for v in range(1 if subject in held_out else variants)]
             except Refused as refusal:
                 cohort.skipped.append(Skipped(str(scan.path), refusal.what))
                 continue
-            cohort.entries.setdefault(subject, []).extend(paths)
+            cohort.entries.setdefault(subject, []).extend(entries)
             cohort.mri_bytes += scan.path.stat().st_size
     progress(len(dataset.subjects), len(dataset.subjects))
     cohort.train = [s for s in train if s in cohort.entries]

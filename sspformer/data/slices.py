@@ -10,6 +10,7 @@ from skimage.filters import threshold_otsu
 
 from sspformer.data.volume import Volume, slice_axis
 
+LARGEST_PX = 512
 MIN_HEAD_SHARE = 0.04  # of a slice's pixels: thinner slices are the top of the skull or air
 
 
@@ -89,13 +90,16 @@ def head_mask(data: np.ndarray, axis: int) -> np.ndarray:
     return labels > 0
 
 
-def cut_slices(volume: Volume, size_px: int = 224, max_slices: int | None = None) -> SliceStack:
+def cut_slices(
+    volume: Volume, size_px: int = 224, max_slices: int | None = None, keep_pixels: bool = False
+) -> SliceStack:
     """Cut a volume into normalised slices.
 
     Args:
         volume: a canonical volume.
         size_px: side of the network's grid.
         max_slices: take at most so many, evenly spaced over the head; None takes every slice of the volume.
+        keep_pixels: grow the grid (in steps of 16 px, up to `LARGEST_PX`) rather than resample a large slice.
 
     Returns:
         The slices; empty only where no slice shows enough of the head and `max_slices` was given.
@@ -111,7 +115,8 @@ def cut_slices(volume: Volume, size_px: int = 224, max_slices: int | None = None
         usable = indices[heads.mean(axis=(1, 2)) > MIN_HEAD_SHARE]
         picks = np.linspace(0, len(usable) - 1, max_slices + 2)[1:-1].round().astype(int) if len(usable) else []
         indices = np.unique(usable[picks])
-    geometry = _geometry(volume, heads, axis, size_px)
+    geometry = _geometry(volume, heads, axis, size_px, keep_pixels)
+    size_px = geometry.size_px
     images = [np.clip(geometry.forward(slices[i]) / scale, 0, 1) for i in indices]
     inside = [geometry.forward(heads[i].astype(np.float32)) > 0.5 for i in indices]
     empty = (0, size_px, size_px)
@@ -124,7 +129,7 @@ def cut_slices(volume: Volume, size_px: int = 224, max_slices: int | None = None
     )
 
 
-def _geometry(volume: Volume, heads: np.ndarray, axis: int, size_px: int) -> SliceGeometry:
+def _geometry(volume: Volume, heads: np.ndarray, axis: int, size_px: int, keep_pixels: bool) -> SliceGeometry:
     """Centre the head's bounding box; resample only where voxels are not square, or the box does not fit or is tiny."""
     spacing = [volume.spacing_mm[i] for i in range(3) if i != axis]
     shape = heads.shape[1:]
@@ -135,6 +140,8 @@ def _geometry(volume: Volume, heads: np.ndarray, axis: int, size_px: int) -> Sli
     extent_mm = [(high[i] - low[i] + 1) * spacing[i] for i in range(2)]
     square = max(spacing) <= 1.02 * min(spacing)
     pixels = max(high[i] - low[i] + 1 for i in range(2))
+    if keep_pixels and pixels <= LARGEST_PX:
+        size_px = max(size_px, 16 * int(np.ceil(pixels / 16)))
     if square and size_px / 2 <= pixels <= size_px:
         step = (1.0, 1.0)
     else:

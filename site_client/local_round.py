@@ -1,0 +1,187 @@
+"""The story of one round at a hospital. Start reading here.
+
+The order never changes: the plan is held against the site's policy, the budget is reserved and durable, then the head is
+trained, clipped and noised, then the spending is settled, and only then does anything go back. A crash on the way wastes
+budget; any other order could leak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from site_client.policy import check, check_update_norm
+from site_client.privacy.events import Events, Reservation
+from site_client.privacy.mechanism import Tally, assign_gradient, private_gradient
+from site_client.privacy.sampling import CryptoSource, choose_slices, draw_patients
+from site_client.site import Site, Workspace
+from sspformer.checkpoint import save_module
+from sspformer.contract.plan import PrivateTraining, RunPlan
+from sspformer.contract.privacy import MechanismEvent
+from sspformer.finetune import select_trainable, slice_batch, train
+from sspformer.model.assembly import Head
+from sspformer.tasks.denoise import restore, scores
+
+_LOG = logging.getLogger("site_client")
+HISTORY_PATIENTS = 6  # held-out patients scored in every round, for the site's own learning curve
+
+
+@dataclass(frozen=True)
+class RoundReply:
+    """What may leave: the update (local head - global head) of the trained tensors, and agreed numbers."""
+
+    update: dict[str, np.ndarray]
+    metrics: dict[str, float | int]
+
+
+def local_round(site: Site, plan: RunPlan, round_number: int, global_delta: Mapping[str, np.ndarray]) -> RoundReply:
+    """Train one round on this site's patients.
+
+    Args:
+        site: the opened site.
+        plan: the verified plan.
+        round_number: 1 for the first round.
+        global_delta: difference of the global head to the published one, by tensor.
+
+    Raises:
+        Refused: E-PLAN, E-BUDGET, E-COHORT, E-DATA or E-TENSORS; nothing has left then.
+    """
+    check(plan, site.policy, site.listed_patients(plan))
+    reservation = reserve_budget(site, plan, round_number)
+    try:
+        workspace = site.prepare(plan)
+        check(plan, site.policy, len(workspace.cohort.train))  # broken scans may have left fewer than the listing
+        head = workspace.head_at(global_delta)
+        keep_history(site, workspace, plan, round_number, head)
+    except BaseException:
+        if reservation is not None:
+            reservation.release()  # no patient was trained on
+        raise
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    if plan.private is None:
+        train_plainly(site, workspace, plan, round_number, head)
+    else:
+        assert reservation is not None
+        reservation.start()  # durable before the first patient is drawn: from here on the round is paid for
+        train_privately(workspace, plan.private, head)
+    update = difference(head, before)
+    check_update_norm(norm(update), site.policy)
+    if reservation is not None:
+        reservation.spend()
+    return RoundReply(update, agreed_numbers(site, plan, workspace))
+
+
+def finish(site: Site, plan: RunPlan, global_delta: Mapping[str, np.ndarray]) -> None:
+    """Keep the final head and score it for the site's own history."""
+    workspace = site.prepare(plan)
+    head = workspace.head_at(global_delta)
+    keep_history(site, workspace, plan, plan.rounds + 1, head)
+    folder = site.folder / "heads"
+    for name in (f"{plan.run}.safetensors", "current.safetensors"):
+        save_module(folder / name, head.cpu(), workspace.arch, "head")
+
+
+def reserve_budget(site: Site, plan: RunPlan, round_number: int) -> Reservation | None:
+    """Reserve this round's epsilon on disk; None for a plan without DP, which the site's policy had to allow."""
+    if plan.private is None:
+        return None
+    events = Events(site.folder / "privacy")
+    return events.reserve(plan.run, round_number, MechanismEvent.of(plan.private), site.policy)
+
+
+def train_plainly(site: Site, workspace: Workspace, plan: RunPlan, round_number: int, head: Head) -> None:
+    """Adam on slices drawn from a seed that plan, round and site decide: a repeated round gives the same bytes."""
+    facts = f"{plan.seed}/{round_number}/{site.name}".encode()
+    local = plan.local
+    train(
+        head,
+        workspace.cohort,
+        workspace.task,
+        steps=local.steps,
+        batch_slices=local.batch_slices,
+        learning_rate=local.learning_rate,
+        trainable=local.trainable,
+        seed=int.from_bytes(hashlib.sha256(facts).digest()[:8], "big"),
+    )
+
+
+def train_privately(workspace: Workspace, private: PrivateTraining, head: Head) -> None:
+    """DP-SGD with the patient as the unit; randomness from the operating system, every constant from the plan.
+
+    The step is in units of the clipping norm, so that a learning rate says how far one patient's worth of agreement moves
+    the head, whatever C is. Everything after the noisy gradient is post-processing.
+    """
+    source, tally = CryptoSource(), Tally()
+    parameters = select_trainable(head, private.trainable)
+    head.train()
+    for _ in range(private.steps):
+        gradient = private_gradient(
+            parameters,
+            draw_patients(workspace.cohort.train, private.sample_rate, source),
+            lambda subject: patient_loss(workspace, head, subject, private.slices_per_patient, source),
+            clipping_norm=private.clipping_norm,
+            noise_multiplier=private.noise_multiplier,
+            expected_patients=private.expected_patients,
+            source=source,
+            tally=tally,
+        )
+        assign_gradient(parameters, gradient)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter -= private.learning_rate / private.clipping_norm * parameter.grad
+                parameter.grad = None
+    head.eval()
+    _LOG.info("private round: %d draws, %d clipped, %d not finite", tally.drawn, tally.clipped, tally.not_finite)
+
+
+def patient_loss(
+    workspace: Workspace, head: Head, subject: str, at_most: int, source: CryptoSource
+) -> torch.Tensor:
+    """Mean loss over up to `at_most` slices of one patient, drawn at random."""
+    numbers = choose_slices(workspace.cohort.slice_count(subject), at_most, source)
+    features, base, target, inside = slice_batch(workspace.cohort, [(subject, n) for n in numbers], workspace.device)
+    return workspace.task.loss(head(features, base), target, inside)
+
+
+def difference(head: Head, before: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Local head - global head, of the tensors that moved the plan's way."""
+    return {
+        name: (p.detach() - before[name]).cpu().numpy().astype(np.float32)
+        for name, p in head.named_parameters()
+        if p.requires_grad
+    }
+
+
+def norm(update: Mapping[str, np.ndarray]) -> float:
+    """L2 norm over all tensors together; NaN where any value is."""
+    return float(np.sqrt(sum(float(np.square(v, dtype=np.float64).sum()) for v in update.values())))
+
+
+def agreed_numbers(site: Site, plan: RunPlan, workspace: Workspace) -> dict[str, float | int]:
+    """Numbers that depend on nobody's image: the size of the cohort in powers of two, the plan's steps, epsilon."""
+    numbers: dict[str, float | int] = {"patients_bucket": 1 << (len(workspace.cohort.train).bit_length() - 1)}
+    numbers["steps"] = plan.local.steps if plan.private is None else plan.private.steps
+    if plan.private is not None:
+        numbers["epsilon"] = Events(site.folder / "privacy").epsilon_spent(plan.private.delta)
+    return numbers
+
+
+def keep_history(site: Site, workspace: Workspace, plan: RunPlan, round_number: int, head: Head) -> None:
+    """Score the incoming head on some held-out patients and note it in the site's own history. Never sent."""
+    results = []
+    for subject in workspace.cohort.test[:HISTORY_PATIENTS]:
+        example = workspace.cohort.examples(subject)[0]
+        output = restore(head, example.features, example.base.numpy())
+        results.append(scores(output, example.target.float().numpy(), example.inside.numpy())["psnr"])
+    if not results:
+        return
+    path = site.folder / "history" / f"{plan.run}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        handle.write(json.dumps({"round": round_number - 1, "psnr": float(np.mean(results))}) + "\n")
