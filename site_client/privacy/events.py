@@ -1,9 +1,9 @@
 """Privacy events on disk: what may be charged, durable before the data is read, so that no crash forgets an epsilon.
 
-A reservation goes RESERVED -> STARTED -> SPENT, or RESERVED -> RELEASED if it never started. STARTED is on disk before the
-first batch is read; from then on it counts in full, whatever happens to the process. Each line of ``events.jsonl`` holds
-the hash of the line before it, and ``head.json`` the last one: an edit, a lost line, a swap or an older copy of either
-file alone is noticed. Whoever may write both files can rewrite both: this is tamper-evident against accident and
+A reservation goes RESERVED -> STARTED -> SPENT, or RESERVED -> RELEASED if it never started. STARTED is on disk before
+the first batch is read; from then on it counts in full, whatever happens to the process. Each line of ``events.jsonl``
+holds the hash of the line before it, and ``head.json`` the last one: an edit, a lost line, a swap or an older copy of
+either file alone is noticed. Whoever may write both files can rewrite both: this is evidence against accident and
 carelessness only, and deleting the whole folder is not noticed at all.
 
 A crash may tear the line being written. Such a tail (no line end, and beyond what head.json vouches for) was never
@@ -153,7 +153,7 @@ class Events:
         A reservation of the same run and round that never started (its process died) is released first.
 
         Raises:
-            Refused: E-BUDGET when the site's budget does not cover it; E-STATE when the events cannot be read or written.
+            Refused: E-BUDGET when the site's budget does not cover it; E-STATE when the events are damaged or locked.
         """
         with self._locked() as log:
             stale = [

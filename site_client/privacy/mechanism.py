@@ -18,7 +18,7 @@ from site_client.privacy.sampling import CryptoSource, check_distinct
 
 T = TypeVar("T", bound=Hashable)
 
-# float32 rounds each scaled coordinate by up to 1.2e-7 of itself: clip this much below C, so that C is never exceeded.
+# Clip this much below C: the rounding of norms and products, even in float32 (1.2e-7), then never exceeds C.
 _CLIP_MARGIN = 1e-6
 
 
@@ -76,13 +76,17 @@ def private_gradient(
     tally = Tally() if tally is None else tally
     size = sum(parameter.numel() for parameter in parameters)
     device = parameters[0].device
-    # float64: the sum's own rounding must stay far below what one patient may change.
+    # float64: the sum's own rounding must stay far below what one patient may change, and the factor that tames a huge
+    # gradient may be too small for float32.
     sum_P = torch.zeros(size, dtype=torch.float64, device=device)
     for patient in patients:
         tally.drawn += 1
-        gradient_P = _clip(_gradient(parameters, loss_of_patient(patient)), clipping_norm, tally)
-        if gradient_P is not None:
-            sum_P += gradient_P
+        gradient_P = _gradient(parameters, loss_of_patient(patient))
+        if gradient_P is None:
+            continue
+        factor = _clipping_factor(gradient_P, clipping_norm, tally)
+        if factor > 0:  # zero times a gradient that is not finite would not be zero
+            sum_P.add_(gradient_P, alpha=factor)
     noise_P = torch.from_numpy(source.normal(size)).to(device)
     sum_P.add_(noise_P, alpha=noise_multiplier * clipping_norm)
     return sum_P.div_(expected_patients).to(torch.float32)
@@ -118,16 +122,14 @@ def _gradient(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor | None
     )
 
 
-def _clip(gradient_P: Tensor | None, clipping_norm: float, tally: Tally) -> Tensor | None:
-    """Scales a gradient to at most `clipping_norm`, in place; None for one that is not finite."""
-    if gradient_P is None:
-        return None
+def _clipping_factor(gradient_P: Tensor, clipping_norm: float, tally: Tally) -> float:
+    """What to multiply a patient's gradient by, so that its norm is at most `clipping_norm`; 0 if it is not finite."""
     norm = float(torch.linalg.vector_norm(gradient_P, dtype=torch.float64))
     if not math.isfinite(norm):  # finite float32 numbers cannot overflow a float64 norm
         tally.not_finite += 1
-        return None
+        return 0.0
     bound = clipping_norm * (1 - _CLIP_MARGIN)
-    if norm > bound:
-        tally.clipped += 1
-        gradient_P.mul_(bound / norm)
-    return gradient_P
+    if norm <= bound:
+        return 1.0
+    tally.clipped += 1
+    return bound / norm
