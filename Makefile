@@ -7,7 +7,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean install
+.PHONY: help demo test check bench proto clean install
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
@@ -52,6 +52,9 @@ check: $(READY) ## Lint, format, types, import rules
 
 bench: $(READY) ## Ratios measured side by side in one run
 	@$(BIN)/python -m tests.bench
+
+proto: $(READY) ## Generate the gateway's messages from their .proto file
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. sspformer/contract/gateway.proto
 
 clean: ## Remove the virtual environment, caches and runs/demo
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runs/demo
