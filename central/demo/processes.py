@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,19 +33,22 @@ class Programs:
 
     logs: Path
     _started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _others: set[psutil.Process] = field(default_factory=lambda: set(_descendants()))  # were there before us
 
     def start(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
-        """Start one of our commands in the background; its output goes to `<logs>/<name>.log`.
+        """Start a program in the background; its output goes to `<logs>/<name>.log`.
 
         Args:
             name: what messages and the log file call it.
-            command: one of `central`, `site-client`, `sspformer`, then its arguments.
+            command: one of `central`, `site-client`, `sspformer` or any program, then its arguments.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         program, *arguments = (str(part) for part in command)
+        # Our commands by module: the same installation as this process, whatever PATH says.
+        ours = [sys.executable, "-m", _MODULES[program]] if program in _MODULES else [program]
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", _MODULES[program], *arguments],
+                [*ours, *arguments],
                 env=quiet_environment(OMP_NUM_THREADS="1"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -114,7 +117,7 @@ class Programs:
     def close(self) -> None:
         """End everything: hospitals before the coordinator, then whatever was left behind by either."""
         self.stop(*reversed(self._started))
-        left = psutil.Process().children(recursive=True)
+        left = [process for process in _descendants() if process not in self._others]
         for process in left:
             _signal(process.pid, signal.SIGTERM)
         _, alive = psutil.wait_procs(left, timeout=5)
@@ -153,13 +156,9 @@ def running(logs: Path) -> Iterator[Programs]:
         try:
             programs.close()
         finally:
+            _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, before)
-
-
-def command_text(command: Sequence[str | Path]) -> str:
-    """Show a command as a person would type it."""
-    return " ".join(str(part) for part in command)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -169,6 +168,10 @@ def _interrupt(number: int, frame: object) -> None:
 def _stop_with_parent() -> None:
     """Ask the kernel to stop this program when the demo ends, however it ends; it then stops its own children."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 def _process(pid: int) -> psutil.Process | None:

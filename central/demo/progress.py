@@ -64,8 +64,9 @@ class Progress:
         self.console.print()
         self.console.print(results)
         if summary.dp is not None:
+            dp = summary.dp
             self.console.print(
-                f"global, DP: ε = {summary.dp.epsilon:.2f} at δ = {summary.dp.delta:g} per patient, the maximum over hospitals"
+                f"global, DP: ε = {dp.epsilon:.2f} at δ = {dp.delta:g} per patient, the maximum over sites"
             )
         self.console.print()
         self.console.print(times)

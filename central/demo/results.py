@@ -110,8 +110,8 @@ def _site(hospital: Hospital, out: Path, plans: tuple[RunPlan, RunPlan]) -> Site
             patients_train=scores["patients_train"],
             patients_test=scores["patients_test"],
             mri_bytes_stayed=hospital.mri_bytes,
-            history=_history(hospital, plans[0], numbers["psnr_warm"], numbers["psnr_global"]),
-            history_dp=_history(hospital, plans[1], numbers["psnr_warm"], numbers["psnr_global_dp"]),
+            history=_history(hospital, plans[0]),
+            history_dp=_history(hospital, plans[1]),
             **numbers,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -120,9 +120,9 @@ def _site(hospital: Hospital, out: Path, plans: tuple[RunPlan, RunPlan]) -> Site
         ) from None
 
 
-def _history(hospital: Hospital, plan: RunPlan, warm: float, final: float) -> list[HistoryPoint]:
-    """A site's own curve: what came in before every round, then the final head."""
-    points: dict[int, float] = {0: warm, plan.rounds: final}
+def _history(hospital: Hospital, plan: RunPlan) -> list[HistoryPoint]:
+    """A site's own curve. A round that was asked twice was scored twice: the first time counts."""
+    points: dict[int, float] = {}
     path = hospital.folder / "history" / f"{plan.run}.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         entry: dict[str, Any] = json.loads(line)

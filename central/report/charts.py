@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from central.report.summary import METHODS, SiteResult, Summary
+from central.report.summary import METHODS, HistoryPoint, SiteResult, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,34 +66,36 @@ def quality_chart(summary: Summary, width: float = WIDE) -> str:
 
 
 def curve_chart(site: SiteResult, limits: tuple[float, float]) -> str:
-    """Draw one hospital's learning curve: PSNR of the incoming global head, round by round."""
+    """Draw one hospital's learning curves: what every round of the global head gained over the warm head."""
     with _style():
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.subplots()
-        axes.axhline(site.psnr_warm, color=LOOK["warm"][0], linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.axhline(site.psnr_local, color=LOOK["local"][0], linewidth=1.2, linestyle=(0, (1, 2)))
-        ends = [(site.psnr_warm, "warm", "warm"), (site.psnr_local, "local only", "local")]
+        alone = site.psnr_local - site.psnr_warm
+        axes.axhline(0, color=LOOK["warm"][0], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axhline(alone, color=LOOK["local"][0], linewidth=1.2, linestyle=(0, (1, 2)))
+        ends = [(0.0, "warm", "warm"), (alone, "local only", "local")]
         for points, key, name in ((site.history, "global", "global"), (site.history_dp, "global_dp", "global, DP")):
             if points:
                 colour, marker = LOOK[key]
-                rounds, values = [point.round for point in points], [point.psnr for point in points]
-                axes.plot(rounds, values, marker=marker, markersize=3.5, color=colour, linewidth=1.8)
-                ends.append((values[-1], name, key))
+                gains = _gains(points)
+                rounds = [point.round for point in points]
+                axes.plot(rounds, gains, marker=marker, markersize=3.5, color=colour, linewidth=1.8)
+                ends.append((gains[-1], name, key))
         axes.set_ylim(*limits)
         _label_ends(axes, ends)
         axes.set_title(site.name, loc="left", fontweight="bold")
         axes.set_xlabel("round")
-        axes.set_ylabel("PSNR, dB")
+        axes.set_ylabel("gain over the warm head, dB")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         return _svg(figure, f"curve-{site.name}")
 
 
 def curve_limits(sites: Sequence[SiteResult]) -> tuple[float, float]:
-    """Return one PSNR range for all curves, so that hospitals can be compared by eye."""
-    values = [value for site in sites for value in (site.psnr_warm, site.psnr_local)]
-    values += [point.psnr for site in sites for point in (*site.history, *site.history_dp)]
-    margin = max(0.1, 0.08 * (max(values) - min(values)))
+    """Return one range of gains for all curves, so that hospitals can be compared by eye."""
+    values = [0.0, *(site.psnr_local - site.psnr_warm for site in sites)]
+    values += [gain for site in sites for points in (site.history, site.history_dp) for gain in _gains(points)]
+    margin = max(0.05, 0.08 * (max(values) - min(values)))
     return min(values) - margin, max(values) + margin
 
 
@@ -144,6 +146,10 @@ def readable_bytes(amount: float) -> str:
             return f"{amount:.0f} {unit}" if amount >= 100 or unit == "B" else f"{amount:.3g} {unit}"
         amount /= 1000
     return f"{amount:.3g} TB"
+
+
+def _gains(points: Sequence[HistoryPoint]) -> list[float]:
+    return [point.psnr - points[0].psnr for point in points]
 
 
 @contextmanager

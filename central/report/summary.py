@@ -36,7 +36,10 @@ class _Model(BaseModel):
 
 
 class HistoryPoint(_Model):
-    """Mean PSNR (dB, foreground) of the global head on a site's held-out patients after a round; round 0 is warm."""
+    """PSNR (dB, foreground) of the global head after a round, as the site scored it; round 0 is the warm head.
+
+    A site scores a few held-out patients in every round, so these compare with each other, not with the final scores.
+    """
 
     round: Count
     psnr: Psnr
