@@ -13,8 +13,8 @@ from sspformer.contract.supervise import quiet_environment
 
 CONNECTION = "coordinator"
 STATE_VARIABLE = "SSPFORMER_CENTRAL_STATE"
-# The bundle names the server app of the installed distribution and holds nothing else. It names no client app: at a
-# site the worker runs the site's own.
+# The bundle names the server app of the installed distribution and holds nothing else. The client app is named because
+# Flower demands it; no site imports what a bundle names.
 _BUNDLE = """\
 [project]
 name = "sspformer-run"
@@ -26,6 +26,7 @@ publisher = "sspformer"
 
 [tool.flwr.app.components]
 serverapp = "central.app:app"
+clientapp = "site_client.app:app"
 
 [tool.flwr.app.config]
 run = ""

@@ -193,7 +193,7 @@ def _deliver(run: Run, roster: _Roster, delta: Delta) -> None:
     )
 
 
-# -- collecting the answers of one round --------------------------------------------------------------------------------
+# -- collecting the answers of one round -------------------------------------------------------------------------------
 
 
 @dataclass

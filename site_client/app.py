@@ -27,6 +27,9 @@ from sspformer.contract.tensors import DTYPE, STYPE, Delta, Shapes, decode, dige
 
 _LOG = logging.getLogger("site_client")
 
+# Flower wants every bundle to name a client app. This one answers nothing: only the worker can make one that does.
+app = ClientApp()
+
 
 class SiteLike(Protocol):
     """What a round needs to know of its site."""
@@ -60,9 +63,9 @@ class Answer:
 
 def client_app(site: SiteLike, round_function: RoundFunction, finish_function: FinishFunction) -> ClientApp:
     """Make the client app of an opened site."""
-    app = ClientApp()
+    opened = ClientApp()
 
-    @app.train()
+    @opened.train()
     def train(message: Message, context: Context) -> Message:
         """Answer one message of the coordinator."""
         config = message.content.config_records.get("config", ConfigRecord())
@@ -71,7 +74,7 @@ def client_app(site: SiteLike, round_function: RoundFunction, finish_function: F
         said = answer(site, config.get("plan"), config.get("task"), tensors, round_function, finish_function)
         return _pack(said, message)
 
-    return app
+    return opened
 
 
 def answer(

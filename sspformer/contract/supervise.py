@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -214,12 +215,14 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def quiet_environment(**extra: str) -> dict[str, str]:
-    """This process's environment for Flower's programs: no telemetry, no update check, no proxy.
+    """This process's environment for Flower's programs: no telemetry, no update check, no proxy, our programs first.
 
-    A proxy would carry calls that are meant for one known host.
+    A proxy would carry calls that are meant for one known host. Flower's programs find each other by PATH.
     """
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    return kept | {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"} | extra
+    path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {"PATH": path} | quiet | extra
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
