@@ -63,6 +63,61 @@ def start(site: SiteFolder) -> None:
     start_site(site)
 
 
+@app.command()
+def finetune(
+    site: SiteFolder,
+    plan: Annotated[Path | None, typer.Option(help="Take data and training from this run plan.")] = None,
+    contrast: Annotated[list[str] | None, typer.Option(help="BIDS suffix to train on; repeat for more.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+) -> None:
+    """Fine-tune a head on this hospital's patients alone, without any coordinator."""
+    from site_client.alone import finetune_alone
+    from sspformer.progress import shown
+
+    with shown() as progress:
+        lines = finetune_alone(site, plan, contrast or (), steps, progress)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
+def evaluate(
+    site: SiteFolder,
+    heads: Annotated[str, typer.Option(help="Heads to score: name=path,name=path.")] = "",
+    plan: Annotated[Path | None, typer.Option(help="Take the data from this run plan.")] = None,
+    contrast: Annotated[list[str] | None, typer.Option(help="BIDS suffix; repeat for more.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Write example slices to this .npz file.")] = None,
+) -> None:
+    """Score heads on this hospital's held-out patients; nothing is sent."""
+    from site_client.alone import evaluate_site
+    from sspformer.evaluate import named_paths
+    from sspformer.progress import shown
+
+    with shown() as progress:
+        lines = evaluate_site(site, named_paths(heads), plan, contrast or (), json_path, pictures, progress)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command("apply")
+def apply_to_scan(
+    source: Annotated[Path, typer.Argument(metavar="IN.nii.gz", help="A 3D scan.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT.nii.gz", help="Must not exist.", show_default=False)],
+    site: Annotated[Path, typer.Option(help="The site's folder.")] = Path("site"),
+    head: Annotated[Path | None, typer.Option(help="Use this head rather than the current one.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="BIDS suffix, where the file's name does not state it.")] = None,
+) -> None:
+    """Denoise a scan with the current head; the output is a BIDS derivative on the input's own grid."""
+    from site_client.alone import apply_head
+    from sspformer.progress import shown
+
+    with shown() as progress:
+        lines = apply_head(site, source, target, head, contrast, progress)
+    for line in lines:
+        typer.echo(line)
+
+
 def main() -> None:
     """Entry point of `site-client`."""
     run_app(app)

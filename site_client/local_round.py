@@ -20,7 +20,8 @@ from site_client.policy import check, check_update_norm
 from site_client.privacy.events import Events, Reservation
 from site_client.privacy.mechanism import Tally, assign_gradient, private_gradient
 from site_client.privacy.sampling import CryptoSource, choose_slices, draw_patients
-from site_client.site import Site, Workspace
+from site_client.site import Site
+from site_client.workspace import Workspace
 from sspformer.checkpoint import save_module
 from sspformer.contract.plan import PrivateTraining, RunPlan
 from sspformer.contract.privacy import MechanismEvent
@@ -140,9 +141,7 @@ def train_privately(workspace: Workspace, private: PrivateTraining, head: Head) 
     _LOG.info("private round: %d draws, %d clipped, %d not finite", tally.drawn, tally.clipped, tally.not_finite)
 
 
-def patient_loss(
-    workspace: Workspace, head: Head, subject: str, at_most: int, source: CryptoSource
-) -> torch.Tensor:
+def patient_loss(workspace: Workspace, head: Head, subject: str, at_most: int, source: CryptoSource) -> torch.Tensor:
     """Mean loss over up to `at_most` slices of one patient, drawn at random."""
     numbers = choose_slices(workspace.cohort.slice_count(subject), at_most, source)
     features, base, target, inside = slice_batch(workspace.cohort, [(subject, n) for n in numbers], workspace.device)

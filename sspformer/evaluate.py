@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -62,3 +63,20 @@ def evaluate(cohort: Cohort, task: Denoise, heads: Mapping[str, Head], baselines
             middle = len(target) // 2
             pictures = {"target": target[middle]} | {name: np.clip(o[middle], 0, 1) for name, o in outputs.items()}
     return Evaluation(result, pictures)
+
+
+def named_paths(text: str) -> dict[str, Path]:
+    """``name=path,name=path`` as a mapping.
+
+    Raises:
+        Refused: E-CONFIG for anything else, and for names that are taken.
+    """
+    named: dict[str, Path] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path or name in named or name in ("input", "nlm", "warm", "target"):
+            raise Refused(
+                Code.CONFIG, f"--heads {item!r} is not name=path with a free name.", "write local=head.safetensors."
+            )
+        named[name] = Path(path)
+    return named

@@ -110,7 +110,9 @@ def save_prediction(prediction: Prediction, source: Path, target: Path, descript
         target.with_name(target.name.removesuffix(ending) + ".json").write_text(json.dumps(sidecar, indent=2) + "\n")
         os.replace(temporary, target)
     except OSError as error:
-        raise Refused(Code.STATE, f"{target} cannot be written ({error.strerror}).", "check folder and space.") from error
+        raise Refused(
+            Code.STATE, f"{target} cannot be written ({error.strerror}).", "check folder and space."
+        ) from error
 
 
 def check_target(target: Path) -> None:

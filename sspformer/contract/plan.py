@@ -51,7 +51,9 @@ class RunPlan(_Frozen):
 
     run: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     task: Literal["denoise"] = "denoise"
-    noise_sigma: float = Field(0.10, gt=0, lt=1, description="Rician noise of the denoising task, in units of intensity")
+    noise_sigma: float = Field(
+        0.10, gt=0, lt=1, description="Rician noise of the denoising task, in units of intensity"
+    )
     contrasts: tuple[str, ...] = Field(("T1w",), min_length=1, description="BIDS suffixes, in the order of preference")
     encoder: Digest
     head: Digest

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from sspformer.contract.errors import Code, Refused
 
-_SCAN = re.compile(r"^(?P<subject>sub-[A-Za-z0-9]+)(?:_(?P<entities>[A-Za-z0-9_-]+))?_(?P<suffix>[A-Za-z0-9]+)\.nii(\.gz)?$")
+_SCAN = re.compile(
+    r"^(?P<subject>sub-[A-Za-z0-9]+)(?:_(?P<entities>[A-Za-z0-9_-]+))?_(?P<suffix>[A-Za-z0-9]+)\.nii(\.gz)?$"
+)
 _YES = {"1", "true", "yes", "y"}
 
 

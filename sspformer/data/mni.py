@@ -123,7 +123,9 @@ def _bend(world_3N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     coarse = ndimage.gaussian_filter(rng.standard_normal((3, 24, 28, 24)), (0, 2.2, 2.2, 2.2))
     coarse *= 3.5 / coarse.std()
     place = (moved + np.array([[110], [140], [90]])) / 10.0
-    return moved + np.stack([ndimage.map_coordinates(c, place, order=1, mode="nearest") for c in coarse]).astype(np.float32)
+    return moved + np.stack([ndimage.map_coordinates(c, place, order=1, mode="nearest") for c in coarse]).astype(
+        np.float32
+    )
 
 
 def make_hospital(

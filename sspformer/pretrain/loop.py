@@ -49,7 +49,9 @@ class MaskedModel(nn.Module):
     def forward(self, input_BCHW: Tensor, hidden_BN: Tensor, target_B1HW: Tensor) -> Tensor:
         """Encode, read out, compare: mean squared error, hidden patches at twice the weight of visible ones."""
         patches_BNp = self.read_out(self.encoder(input_BCHW, hidden_BN, self.mask_token))
-        target_BNp = nn.functional.unfold(target_B1HW, self.encoder.embedding.patch, stride=self.encoder.embedding.patch)
+        target_BNp = nn.functional.unfold(
+            target_B1HW, self.encoder.embedding.patch, stride=self.encoder.embedding.patch
+        )
         error_BN = (patches_BNp - target_BNp.transpose(1, 2)).square().mean(dim=2)
         weight_BN = 1.0 + hidden_BN.to(error_BN.dtype)
         return (weight_BN * error_BN).sum() / weight_BN.sum()
@@ -146,7 +148,9 @@ def _batch(
     for axis in (1, 2):
         flip = torch.from_numpy(rng.random(len(clean)) < 0.5)
         clean[flip] = clean[flip].flip(axis)
-    clean = (clean * torch.from_numpy(rng.uniform(0.9, 1.1, (len(clean), 1, 1)).astype(np.float32)).to(device)).clamp(0, 1)
+    clean = (clean * torch.from_numpy(rng.uniform(0.9, 1.1, (len(clean), 1, 1)).astype(np.float32)).to(device)).clamp(
+        0, 1
+    )
     noisy = k_space_noise(clean[:, None], generator)[:, 0] if recipe.k_space_noise else clean
     sigma = float(rng.uniform(0, recipe.noise_sigma))
     noise = torch.randn((2, *clean.shape), generator=generator).to(device) * sigma

@@ -1,0 +1,161 @@
+"""A hospital on its own: train a head, compare heads, denoise a scan. No coordinator, no network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from site_client.folder import SiteFolder
+from site_client.workspace import Artifacts, Workspace, open_workspace
+from sspformer.checkpoint import file_digest, load_encoder, load_head, save_module
+from sspformer.contract.durable import write_file
+from sspformer.contract.errors import Code, Refused
+from sspformer.contract.manifest import verify_manifest
+from sspformer.contract.plan import LocalTraining, RunPlan
+from sspformer.contract.settings import load_settings
+from sspformer.evaluate import METRICS, evaluate
+from sspformer.finetune import train
+from sspformer.predict import check_target, predict, save_prediction
+from sspformer.reference import ENCODER, HEAD
+
+DEFAULT_STEPS = 120
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+def finetune_alone(
+    root: Path, plan_path: Path | None, contrasts: Sequence[str], steps: int | None, progress: Progress
+) -> list[str]:
+    """Train a head on this site's patients alone, with as many steps as a whole run would take.
+
+    Args:
+        root: the site's folder.
+        plan_path: take contrasts, noise and training from a run's plan, for a fair comparison with it.
+        contrasts: BIDS suffixes, where no plan is given.
+        steps: optimizer steps; None means those of the plan's rounds together, or `DEFAULT_STEPS`.
+        progress: called as work goes on.
+
+    Returns:
+        Lines for the operator.
+    """
+    files = SiteFolder.open(root)
+    plan = load_settings(plan_path, RunPlan) if plan_path else None
+    workspace = _workspace(files, plan, contrasts, progress)
+    local = plan.local if plan else LocalTraining()
+    total = steps or (local.steps * plan.rounds if plan else DEFAULT_STEPS)
+    head = workspace.head_at({})
+    train(
+        head,
+        workspace.cohort,
+        workspace.task,
+        steps=total,
+        batch_slices=local.batch_slices,
+        learning_rate=local.learning_rate,
+        trainable=local.trainable,
+        seed=int.from_bytes(hashlib.sha256(f"alone/{files.config.name}".encode()).digest()[:8], "big"),
+        on_step=lambda done, loss: progress("training", done, total),
+    )
+    path = root / "heads" / "local.safetensors"
+    save_module(path, head.cpu(), workspace.arch, "head")
+    lines = [f"{len(workspace.cohort.train)} patients, {total} steps: {path}"]
+    if workspace.cohort.test:
+        scored = evaluate(workspace.cohort, workspace.task, {"warm": workspace.head_at({}), "local": head})
+        lines += [f"  PSNR inside the head, {len(workspace.cohort.test)} held-out patients: " + ", ".join(
+            f"{name} {scored.mean(name, 'psnr'):.2f} dB" for name in scored.scores)]  # fmt: skip
+    return lines + _skipped(workspace)
+
+
+def evaluate_site(
+    root: Path,
+    heads: Mapping[str, Path],
+    plan_path: Path | None,
+    contrasts: Sequence[str],
+    json_path: Path | None,
+    pictures_path: Path | None,
+    progress: Progress,
+) -> list[str]:
+    """Score the input, non-local means, the warm head and the given heads on the held-out patients.
+
+    The files are for this site: they are written where the operator says and sent nowhere.
+    """
+    files = SiteFolder.open(root)
+    plan = load_settings(plan_path, RunPlan) if plan_path else None
+    workspace = _workspace(files, plan, contrasts, progress)
+    loaded = {"warm": workspace.head_at({})} | {name: workspace.head_of(path) for name, path in heads.items()}
+    progress("scoring", 0, 1)
+    scored = evaluate(workspace.cohort, workspace.task, loaded)
+    progress("scoring", 1, 1)
+    methods = {name: {metric: scored.mean(name, metric) for metric in METRICS} for name in scored.scores}
+    if json_path is not None:
+        counts = {"patients_train": len(workspace.cohort.train), "patients_test": len(workspace.cohort.test)}
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(
+            json_path, json.dumps(counts | {"methods": methods, "per_patient": scored.scores}, indent=1).encode()
+        )
+    if pictures_path is not None:
+        pictures_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pictures_path.with_name(f".{pictures_path.name}.tmp.npz")
+        np.savez_compressed(temporary, **scored.pictures)  # type: ignore[arg-type]
+        temporary.replace(pictures_path)
+    table = [f"{name:<10} PSNR {m['psnr']:6.2f} dB  SSIM {m['ssim']:.3f}" for name, m in methods.items()]
+    return [f"{len(workspace.cohort.test)} held-out patients, inside the head:", *table, *_skipped(workspace)]
+
+
+def apply_head(
+    root: Path, source: Path, target: Path, head_path: Path | None, contrast: str | None, progress: Progress
+) -> list[str]:
+    """Denoise one scan with the site's current head (or the warm one where no run has ended yet)."""
+    check_target(target)
+    files = SiteFolder.open(root)
+    torch.set_num_threads(files.config.threads)
+    artifacts = _artifacts(files, None)
+    current = root / "heads" / "current.safetensors"
+    chosen = head_path or (current if current.exists() else artifacts.head)
+    encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
+    head, head_arch = load_head(chosen)
+    if head_arch != arch:
+        raise Refused(Code.TENSORS, f"{chosen} was made for another encoder.", "use a head of the current encoder.")
+    result = predict(source, encoder, head.eval(), contrast, lambda done, total: progress("slices", done, total))
+    facts = {"Encoder": file_digest(artifacts.encoder), "Head": file_digest(chosen), "Task": "denoise"}
+    save_prediction(result, source, target, facts)
+    lines = [f"{target}: {'x'.join(map(str, result.data.shape))}, on the grid of {source.name}"]
+    if result.noise_sigma < 0.03:
+        lines.append(
+            f"  The input's noise is about {result.noise_sigma:.3f}; the head was trained for 0.10 and may smooth away "
+            "fine detail of so clean a scan."
+        )
+    return lines
+
+
+def _workspace(files: SiteFolder, plan: RunPlan | None, contrasts: Sequence[str], progress: Progress) -> Workspace:
+    asked = plan.contrasts if plan else tuple(contrasts) or ("T1w",)
+    sigma = plan.noise_sigma if plan else 0.10
+    return open_workspace(
+        files, _artifacts(files, plan), asked, sigma, lambda done, total: progress("patients read", done, total)
+    )
+
+
+def _artifacts(files: SiteFolder, plan: RunPlan | None) -> Artifacts:
+    """What the coordinator published, where this site has joined and fetched it; else the packaged reference."""
+    if plan is not None:
+        encoder, head = (files.store / digest.replace(":", "-") for digest in (plan.encoder, plan.head))
+        if encoder.exists() and head.exists():
+            return Artifacts(encoder, head, plan.encoder, plan.head)
+    if files.manifest_path.exists():
+        manifest = verify_manifest(files.manifest_path.read_bytes(), files.coordinator_key())
+        encoder, head = files.artifact_path(manifest.encoder), files.artifact_path(manifest.head)
+        return Artifacts(encoder, head, manifest.encoder.digest, manifest.head.digest)
+    if not ENCODER.exists():
+        raise Refused(Code.STATE, "the packaged reference weights are missing.", "install the package again.")
+    return Artifacts(ENCODER, HEAD)
+
+
+def _skipped(workspace: Workspace) -> list[str]:
+    """What was left out, for the operator's eyes: at most five lines."""
+    skipped = workspace.cohort.skipped
+    lines = [f"  skipped {s.where}: {s.reason}" for s in skipped[:5]]
+    return lines + ([f"  and {len(skipped) - 5} more"] if len(skipped) > 5 else [])

@@ -1,0 +1,94 @@
+"""What training and evaluation at a site work on: the cohort with its cached features, and the head to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from site_client.folder import SiteFolder
+from sspformer.checkpoint import file_digest, load_encoder, load_head
+from sspformer.contract.errors import Code, Refused
+from sspformer.data.cache import FeatureCache
+from sspformer.data.cohort import Cohort, open_cohort
+from sspformer.model.assembly import Architecture, Head
+from sspformer.tasks.denoise import Denoise
+
+MAX_SLICES = 6  # per scan; enough to cover a head, few enough for a site's disk
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Files of a frozen encoder and of the head to start from; digests where they are known beforehand."""
+
+    encoder: Path
+    head: Path
+    encoder_digest: str | None = None
+    head_digest: str | None = None
+
+
+@dataclass
+class Workspace:
+    """An opened cohort and the published head."""
+
+    arch: Architecture
+    task: Denoise
+    cohort: Cohort
+    published: dict[str, torch.Tensor]
+    device: torch.device
+
+    def head_at(self, delta: Mapping[str, np.ndarray]) -> Head:
+        """The published head moved by a difference; tensors that `delta` does not name stay."""
+        head = Head(self.arch).to(self.device)
+        with torch.no_grad():
+            for name, parameter in head.named_parameters():
+                parameter.copy_(self.published[name])
+                if name in delta:
+                    parameter += torch.from_numpy(delta[name]).to(self.device)
+        return head.eval()
+
+    def head_of(self, path: Path) -> Head:
+        """A head from a file.
+
+        Raises:
+            Refused: E-TENSORS where it was made for another encoder.
+        """
+        head, arch = load_head(path)
+        if arch != self.arch:
+            raise Refused(Code.TENSORS, f"{path} was made for another encoder ({arch.name}).", "use a matching head.")
+        return head.to(self.device).eval()
+
+
+def open_workspace(
+    files: SiteFolder,
+    artifacts: Artifacts,
+    contrasts: tuple[str, ...],
+    noise_sigma: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Workspace:
+    """Read the site's images once and keep their features on disk; later calls find them there.
+
+    Raises:
+        Refused: E-CONFIG, E-DATA, E-DIGEST, E-FORMAT or E-TENSORS.
+    """
+    # One thread count for the life of the process: sums depend on it in their last bits.
+    torch.set_num_threads(files.config.threads)
+    device = torch.device(files.config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Refused(
+            Code.CONFIG, f"{files.config_path}: device is cuda, but no GPU is available.", "set device: cpu, or install "
+            "a GPU build of torch."
+        )  # fmt: skip
+    encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
+    head, head_arch = load_head(artifacts.head, artifacts.head_digest)
+    if head_arch != arch:
+        raise Refused(Code.TENSORS, f"{artifacts.head.name} was made for another encoder.", "publish a matching pair.")
+    task = Denoise(noise_sigma)
+    digest = artifacts.encoder_digest or file_digest(artifacts.encoder)
+    cache = FeatureCache(files.root / "cache", encoder.to(device), digest, task, arch.size_px, MAX_SLICES)
+    cohort = open_cohort(files.data, contrasts, cache, progress=progress)
+    published = {name: p.detach().clone().to(device) for name, p in head.named_parameters()}
+    return Workspace(arch, task, cohort, published, device)

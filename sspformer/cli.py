@@ -1,0 +1,223 @@
+"""The researcher's command line: pretrain, fine-tune, evaluate and apply the model, on one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sspformer.contract.console import command_app, run_app
+
+if TYPE_CHECKING:
+    from sspformer.data.cohort import Cohort
+    from sspformer.model.assembly import Architecture
+
+app = command_app(
+    "The researcher: pretrains SSPFormer, fine-tunes a head on one BIDS dataset, evaluates it and applies it to scans.\n\n"
+    "No network is used. Start with: sspformer finetune DATA --out head.safetensors"
+)
+
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="A BIDS dataset.", show_default=False)]
+EncoderFile = Annotated[Path | None, typer.Option("--encoder", help="Frozen encoder; the packaged one if not given.")]
+HeadFile = Annotated[Path | None, typer.Option("--head", help="Head to start from; the packaged one if not given.")]
+Contrasts = Annotated[list[str] | None, typer.Option("--contrast", help="BIDS suffix; repeat for more. Default T1w.")]
+Cache = Annotated[Path, typer.Option(help="Feature cache; holds patient data.")]
+Sigma = Annotated[float, typer.Option("--noise-sigma", min=0.001, max=0.99, help="Rician noise of the denoising task.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to torch.")]
+
+
+@app.command()
+def info(
+    preset: Annotated[str, typer.Option(help="tiny, paper or base.")] = "paper",
+    tail: Annotated[str, typer.Option(help="injected or paper.")] = "injected",
+) -> None:
+    """Count a preset's parameters."""
+    from sspformer.describe import describe
+
+    for line in describe(preset, tail):
+        typer.echo(line)
+
+
+@app.command()
+def pretrain(
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="BIDS datasets.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the encoder and the resumable state.")],
+    preset: Annotated[str, typer.Option(help="tiny, paper or base.")] = "tiny",
+    contrast: Contrasts = None,
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    batch: Annotated[int, typer.Option(min=1, help="Slices per step.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Pretrain an encoder on unlabelled MRI; run again to resume."""
+    import torch
+
+    from sspformer.model.assembly import architecture
+    from sspformer.pretrain.loop import Recipe, collect_slices
+    from sspformer.pretrain.loop import pretrain as run
+    from sspformer.progress import shown
+
+    arch = architecture(preset)
+    with shown() as progress:
+        slices = collect_slices(data, tuple(contrast or ("T1w", "T2w", "FLAIR")), arch.size_px, 24,
+                                lambda done: progress("slices", done, 0))  # fmt: skip
+        path = run(arch, slices, Recipe(steps=steps, batch_slices=batch), out, torch.device(device),
+                   lambda step, loss: progress(f"pretraining on {len(slices)} slices", step, steps))  # fmt: skip
+    typer.echo(f"{path}")
+
+
+@app.command()
+def finetune(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Head to write.")],
+    encoder: EncoderFile = None,
+    head: HeadFile = None,
+    contrast: Contrasts = None,
+    noise_sigma: Sigma = 0.10,
+    steps: Annotated[int, typer.Option(min=1)] = 120,
+    batch: Annotated[int, typer.Option(min=1, help="Slices per step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, max=1)] = 1e-3,
+    seed: int = 0,
+    cache: Cache = Path(".sspformer-cache"),
+    threads: Threads = 0,
+) -> None:
+    """Fine-tune a head on one dataset; the encoder stays frozen."""
+    from sspformer.checkpoint import load_head, save_module
+    from sspformer.finetune import train
+    from sspformer.progress import shown
+    from sspformer.reference import HEAD
+    from sspformer.tasks.denoise import Denoise
+
+    with shown() as progress:
+        arch, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
+        model, _ = load_head(head or HEAD)
+        train(model, cohort, Denoise(noise_sigma), steps=steps, batch_slices=batch, learning_rate=learning_rate,
+              trainable="head", seed=seed, on_step=lambda done, loss: progress("training", done, steps))  # fmt: skip
+    digest = save_module(out, model, arch, "head")
+    typer.echo(f"{out}: {len(cohort.train)} patients, {steps} steps, {digest}")
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    heads: Annotated[str, typer.Option(help="Heads to score: name=path,name=path.")] = "",
+    encoder: EncoderFile = None,
+    contrast: Contrasts = None,
+    noise_sigma: Sigma = 0.10,
+    cache: Cache = Path(".sspformer-cache"),
+    threads: Threads = 0,
+) -> None:
+    """Score heads, non-local means and the input on held-out patients."""
+    from sspformer.checkpoint import load_head
+    from sspformer.evaluate import evaluate as score
+    from sspformer.evaluate import named_paths
+    from sspformer.progress import shown
+    from sspformer.reference import HEAD
+    from sspformer.tasks.denoise import Denoise
+
+    paths = {"warm": HEAD} | named_paths(heads)
+    with shown() as progress:
+        _, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
+        scored = score(cohort, Denoise(noise_sigma), {name: load_head(p)[0].eval() for name, p in paths.items()})
+    typer.echo(f"{len(cohort.test)} held-out patients; inside the head | whole slice")
+    for name in scored.scores:
+        typer.echo(
+            f"{name:<12} PSNR {scored.mean(name, 'psnr'):6.2f} dB  SSIM {scored.mean(name, 'ssim'):.3f}  |  "
+            f"PSNR {scored.mean(name, 'psnr_whole'):6.2f} dB  SSIM {scored.mean(name, 'ssim_whole'):.3f}"
+        )
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(metavar="IN.nii.gz", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT.nii.gz", help="Must not exist.", show_default=False)],
+    encoder: EncoderFile = None,
+    head: HeadFile = None,
+    contrast: Annotated[str | None, typer.Option(help="BIDS suffix, where the file's name does not state it.")] = None,
+) -> None:
+    """Denoise a scan; the output is a BIDS derivative on the input's own grid."""
+    from sspformer.checkpoint import file_digest, load_encoder, load_head
+    from sspformer.predict import check_target, save_prediction
+    from sspformer.predict import predict as run
+    from sspformer.progress import shown
+    from sspformer.reference import ENCODER, HEAD
+
+    check_target(target)
+    model, _ = load_encoder(encoder or ENCODER)
+    with shown() as progress:
+        result = run(source, model, load_head(head or HEAD)[0].eval(), contrast, lambda d, n: progress("slices", d, n))
+    facts = {"Encoder": file_digest(encoder or ENCODER), "Head": file_digest(head or HEAD), "Task": "denoise"}
+    save_prediction(result, source, target, facts)
+    typer.echo(f"{target}")
+
+
+@app.command()
+def cohort(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New BIDS dataset.", show_default=False)],
+    hospital: Annotated[str, typer.Option(help="north, east or west.")],
+    patients: Annotated[int, typer.Option(min=1)] = 20,
+    slices: Annotated[int, typer.Option(min=1, max=12, help="Slices per patient.")] = 2,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make a hospital of patients warped from one average brain: for demos and tests, not different people."""
+    from sspformer.data.mni import make_hospital
+    from sspformer.progress import shown
+
+    with shown() as progress:
+        make_hospital(folder, hospital, patients, seed, slices, lambda done, total: progress("patients", done, total))
+    typer.echo(f"{folder}: {patients} patients warped from the MNI152 average brain")
+
+
+@app.command()
+def reference(
+    path: Annotated[bool, typer.Option("--path", help="Print the folder of the packaged weights.")] = False,
+    make: Annotated[
+        Path | None, typer.Option(help="Make them anew into this folder (most of an hour on two cores).")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder for data and resumable state.")] = Path("runs/reference"),
+) -> None:
+    """The packaged reference encoder and warm head: where they are, or make them."""
+    from sspformer.reference import ENCODER, FOLDER, HEAD
+
+    if make is not None:
+        from sspformer.pretrain.reference import ReferenceRecipe, make_reference
+        from sspformer.progress import shown
+
+        with shown() as progress:
+            for made in make_reference(ReferenceRecipe(), work, make, progress):
+                typer.echo(made)
+    elif path:
+        typer.echo(FOLDER)
+    else:
+        from sspformer.checkpoint import file_digest
+
+        for file in (ENCODER, HEAD):
+            typer.echo(f"{file.name}  {file.stat().st_size / 1e6:.2f} MB  {file_digest(file)}")
+        typer.echo((FOLDER / "MODEL_CARD.md").read_text())
+
+
+def _cohort(data, encoder_path, contrast, noise_sigma, cache, threads, progress) -> tuple[Architecture, Cohort]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    import torch
+
+    from sspformer.checkpoint import file_digest, load_encoder
+    from sspformer.data.cache import FeatureCache
+    from sspformer.data.cohort import open_cohort
+    from sspformer.reference import ENCODER
+    from sspformer.tasks.denoise import Denoise
+
+    if threads:
+        torch.set_num_threads(threads)
+    path = encoder_path or ENCODER
+    encoder, arch = load_encoder(path)
+    features = FeatureCache(cache, encoder, file_digest(path), Denoise(noise_sigma), arch.size_px, max_slices=6)
+    return arch, open_cohort(data, tuple(contrast or ("T1w",)), features,
+                             progress=lambda done, total: progress("patients read", done, total))  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of `sspformer`."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()
