@@ -1,8 +1,8 @@
 """The story of one round at a hospital. Start reading here.
 
-The order never changes: the plan is held against the site's policy, the budget is reserved and durable, then the head is
-trained, clipped and noised, then the spending is settled, and only then does anything go back. A crash on the way wastes
-budget; any other order could leak.
+The order never changes: the plan is held against the site's policy, the budget is reserved and durable, then the head
+is trained, clipped and noised, then the spending is settled, and only then does anything go back. A crash on the way
+wastes budget; any other order could leak.
 """
 
 from __future__ import annotations
@@ -65,10 +65,9 @@ def local_round(site: Site, plan: RunPlan, round_number: int, global_delta: Mapp
             reservation.release()  # no patient was trained on
         raise
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
-    if plan.private is None:
+    if reservation is None or plan.private is None:
         train_plainly(site, workspace, plan, round_number, head)
     else:
-        assert reservation is not None
         reservation.start()  # durable before the first patient is drawn: from here on the round is paid for
         train_privately(workspace, plan.private, head)
     update = difference(head, before)
@@ -115,8 +114,8 @@ def train_plainly(site: Site, workspace: Workspace, plan: RunPlan, round_number:
 def train_privately(workspace: Workspace, private: PrivateTraining, head: Head) -> None:
     """DP-SGD with the patient as the unit; randomness from the operating system, every constant from the plan.
 
-    The step is in units of the clipping norm, so that a learning rate says how far one patient's worth of agreement moves
-    the head, whatever C is. Everything after the noisy gradient is post-processing.
+    The step is in units of the clipping norm, so that a learning rate says how far patients who agree move the head,
+    whatever C is. Everything after the noisy gradient is post-processing.
     """
     source, tally = CryptoSource(), Tally()
     parameters = select_trainable(head, private.trainable)

@@ -79,9 +79,10 @@ def open_workspace(
     device = torch.device(files.config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Refused(
-            Code.CONFIG, f"{files.config_path}: device is cuda, but no GPU is available.", "set device: cpu, or install "
-            "a GPU build of torch."
-        )  # fmt: skip
+            Code.CONFIG,
+            f"{files.config_path}: device is cuda, but no GPU is available.",
+            "set device: cpu, or install a GPU build of torch.",
+        )
     encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
     head, head_arch = load_head(artifacts.head, artifacts.head_digest)
     if head_arch != arch:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sspformer.model.assembly import Architecture
 
 app = command_app(
-    "The researcher: pretrains SSPFormer, fine-tunes a head on one BIDS dataset, evaluates it and applies it to scans.\n\n"
+    "The researcher: pretrains SSPFormer, fine-tunes a head on one BIDS dataset, evaluates it, applies it to scans.\n\n"
     "No network is used. Start with: sspformer finetune DATA --out head.safetensors"
 )
 
@@ -196,7 +196,7 @@ def reference(
         typer.echo((FOLDER / "MODEL_CARD.md").read_text())
 
 
-def _cohort(data, encoder_path, contrast, noise_sigma, cache, threads, progress) -> tuple[Architecture, Cohort]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _cohort(data, encoder_path, contrast, noise_sigma, cache, threads, progress) -> tuple[Architecture, Cohort]:  # type: ignore[no-untyped-def]
     import torch
 
     from sspformer.checkpoint import file_digest, load_encoder

@@ -1,7 +1,7 @@
 """The frozen-feature cache: the encoder runs once per slice, and never again.
 
-Features can be inverted: an entry is patient data. Files are 0600 in a 0700 folder per subject, and forgetting a subject
-removes its folder.
+Features can be inverted: an entry is patient data. Files are 0600 in a 0700 folder per subject, and forgetting a
+subject removes its folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHANNEL_OF = {name: i for i, name in enumerate(CHANNELS)} | {"PDw": 1}
 
 @dataclass(frozen=True)
 class Example:
-    """Slices of one scan, ready for a head: features (S, N, D) float16, base and target (S, H, W) float16, inside bool."""
+    """Slices of one scan, ready for a head: features (S, N, D), base and target (S, H, W), all float16; inside bool."""
 
     features: Tensor
     base: Tensor

@@ -1,8 +1,8 @@
 """Hospitals made from one real brain: nilearn's MNI152 average T1 and its tissue maps, warped into patients.
 
-For the demo, for tests on a fresh machine, and for the packaged reference weights. The patients are not different people:
-they are one average brain, bent, re-contrasted, given fine texture, a bias field and noise. A result on them says that
-the machinery works, nothing about patients.
+For the demo, for tests on a fresh machine, and for the packaged reference weights. The patients are not different
+people: they are one average brain, bent, re-contrasted, given fine texture, a bias field and noise. A result on them
+says that the machinery works, nothing about patients.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class SliceGeometry:
     """How slices of a volume map to the network's square grid.
 
     A pixel (i, j) of the network's grid lies at ``start + step * (i, j)`` of the canonical slice, pixel centres on
-    integers: an aligned grid, so nothing shifts by a fraction of a pixel. A step of exactly (1, 1) with an integer start
-    is a crop: the way back is then exact.
+    integers: an aligned grid, so nothing shifts by a fraction of a pixel. A step of exactly (1, 1) with an integer
+    start is a crop: the way back is then exact.
     """
 
     axis: int
@@ -74,8 +74,8 @@ class SliceStack:
 def head_mask(data: np.ndarray, axis: int) -> np.ndarray:
     """Boolean (X, Y, Z): inside the head.
 
-    Above half of Otsu's threshold, closed and filled slice by slice (the skull is dark, the brain inside it counts), then
-    the largest connected object.
+    Above half of Otsu's threshold, closed and filled slice by slice (the skull is dark, the brain inside it counts),
+    then the largest connected object.
     """
     smooth = ndimage.gaussian_filter(data, [0 if i == axis else 1.0 for i in range(3)])
     low, high = np.percentile(smooth, (0.5, 99.5))

@@ -26,7 +26,7 @@ from sspformer.pretrain.masking import hidden_patches, k_space_noise
 class Recipe:
     """Every number of a pretraining run. `noise_sigma` is the largest receiver noise, drawn uniformly per batch."""
 
-    steps: int = 1000
+    steps: int = 1500
     batch_slices: int = 8
     learning_rate: float = 4e-4
     warm_up: float = 0.05

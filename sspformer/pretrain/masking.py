@@ -31,7 +31,7 @@ def hidden_patches(x_BCHW: Tensor, patch: int, generator: torch.Generator, inver
 
 
 def k_space_noise(x_BCHW: Tensor, generator: torch.Generator, strength: float = 0.3) -> Tensor:
-    """F' = F + strength * |F| * W(u, v) * N(0, 1), with W the radial frequency scaled to [0, 1]; the magnitude of the inverse.
+    """F' = F + strength * |F| * W(u, v) * N(0, 1) in k-space, with W the radial frequency scaled to [0, 1].
 
     Returns:
         Slices of the same shape, clipped at zero; absent contrasts stay zero.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -32,7 +32,7 @@ class ReferenceRecipe:
     preset: str = "tiny"
     patients: int = 400
     slices: int = 4
-    encoder: Recipe = Recipe(steps=1500)
+    encoder: Recipe = field(default_factory=Recipe)
     head_steps: int = 1200
     head_batch: int = 8
     head_learning_rate: float = 1e-3

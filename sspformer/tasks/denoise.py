@@ -18,15 +18,15 @@ class Denoise:
     """The denoising task.
 
     Args:
-        noise_sigma: standard deviation of the noise in each of the two receiver channels, in units of intensity (1 = the
-            99.5th percentile of the foreground).
+        noise_sigma: standard deviation of the noise in each of the two receiver channels, in units of intensity
+            (1 = the 99.5th percentile of the foreground).
     """
 
     noise_sigma: float
     name = "denoise"
 
     def degrade(self, images_SHW: np.ndarray, seed: int) -> np.ndarray:
-        """Rician noise: the magnitude of a complex signal with Gaussian noise in both channels; same seed, same noise."""
+        """Rician noise: the magnitude of a complex signal with Gaussian noise in both channels; a seed fixes it."""
         rng = np.random.Generator(np.random.PCG64(seed))
         real, imaginary = rng.standard_normal((2, *images_SHW.shape), dtype=np.float32) * np.float32(self.noise_sigma)
         return np.hypot(images_SHW + real, imaginary)
