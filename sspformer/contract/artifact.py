@@ -63,8 +63,9 @@ def read_header(path: Path, name: str | None = None) -> Header:
             file.seek(0)
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if _PICKLE.match(start):
+            if _PICKLE.match(start) and file.read(1) != b"{":  # a header of 128 bytes begins like a pickle, too
                 raise _refused(name, "is a pickle or an archive, which could run code when loaded")
+            file.seek(len(start))
             if len(start) < 8:
                 raise _refused(name, f"has only {size} bytes")
             if length > MAX_HEADER_BYTES:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,10 +61,10 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path) -> World:
     federation = make_federation(tmp_path / "federation")
     publish(federation, tmp_path / "models", size=2 * MIB)
-    yield World(federation, join(federation, tmp_path / "site"))
+    return World(federation, join(federation, tmp_path / "site"))
 
 
 def fetch(world: World, site: SiteFolder | None = None) -> Path:

@@ -114,6 +114,14 @@ def test_a_changed_header_is_refused_or_describes_the_same_bytes(path, data):
     assert sum(spec.bytes for spec in header.tensors.values()) == 16
 
 
+@pytest.mark.parametrize("length", [0x80, 0x180, 0x580, 0x8B1F])
+def test_a_header_whose_length_looks_like_a_pickle_passes(path, length):
+    """The first bytes of a safetensors file are a length; some lengths spell another format's mark."""
+    raw = json.dumps({"a": tensor()}).encode().ljust(length)
+    path.write_bytes(file_of(raw, bytes(8)))
+    assert list(read_header(path).tensors) == ["a"]
+
+
 def test_a_missing_file_is_a_refusal(tmp_path):
     with pytest.raises(Refused) as refusal:
         read_header(tmp_path / "none")

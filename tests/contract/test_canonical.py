@@ -93,11 +93,10 @@ def test_nesting_is_bounded():
 def test_parse_refuses_or_reads_but_never_breaks(data):
     try:
         value = parse(data, "the bytes", max_bytes=50)
-    except Refused as refusal:
-        assert refusal.code == Code.FORMAT
-    else:
-        assert len(data) <= 50
-        assert same(json.loads(data), value)
+    except Refused:
+        return
+    assert len(data) <= 50
+    assert same(json.loads(data), value)
 
 
 @pytest.mark.parametrize("data", [b'{"a":1,"a":2}', b"NaN", b"-Infinity", b"1e400", b'"\\ud800"x', b"{", b"\xff"])
