@@ -118,22 +118,14 @@ class GatewayClient:
             return bytes(reply.envelope)
 
         envelope = self._retry(ask, lambda: 0)
-        key = self._folder.coordinator_key()
-        manifest = verify_manifest(envelope, key)
+        manifest = verify_manifest(envelope, self._folder.coordinator_key())
         if manifest.federation != self._folder.coordinator().federation:
             raise Refused(
                 Code.SIGNATURE,
                 f"The manifest is of federation {manifest.federation}, which this site has not joined.",
                 "Ask the coordinator.",
             )
-        path = self._folder.manifest_path
-        held = verify_manifest(path.read_bytes(), key).sequence if path.exists() else 0
-        if manifest.sequence < held:
-            raise Refused(
-                Code.SIGNATURE,
-                f"The coordinator offers manifest {manifest.sequence}, older than {held}, which this site holds.",
-                "Ask the coordinator whether an old backup was restored there.",
-            )
+        _check_not_older(manifest, self._folder)
         return manifest, envelope
 
     def fetch_blob(self, artifact: Artifact, progress: Progress | None = None) -> Path:
@@ -273,6 +265,18 @@ def _credentials(folder: SiteFolder) -> grpc.ChannelCredentials:
             "Ask the coordinator for a new admission.",
         )
     return grpc.ssl_channel_credentials(authority, key, certificate)
+
+
+def _check_not_older(manifest: Manifest, folder: SiteFolder) -> None:
+    """An old manifest is still signed: only its number says that it was replaced."""
+    path = folder.manifest_path
+    held = verify_manifest(path.read_bytes(), folder.coordinator_key()).sequence if path.exists() else 0
+    if manifest.sequence < held:
+        raise Refused(
+            Code.SIGNATURE,
+            f"The coordinator offers manifest {manifest.sequence}, older than {held}, which this site holds.",
+            "Ask the coordinator whether an old backup was restored there.",
+        )
 
 
 def _verify(part: Path, artifact: Artifact) -> None:

@@ -1,7 +1,7 @@
 """One spelling for every value: the bytes that are hashed and signed.
 
-Canonical JSON here is UTF-8, keys sorted by code point, no white space, no escapes but those that JSON requires, floats in
-Python's shortest form that reads back equal. Numbers that JSON cannot carry (NaN, infinities) are refused.
+Canonical JSON here is UTF-8, keys sorted by code point, no white space, no escapes but those that JSON requires, floats
+in Python's shortest form that reads back equal. Numbers that JSON cannot carry (NaN, infinities) are refused.
 """
 
 from __future__ import annotations

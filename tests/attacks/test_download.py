@@ -147,6 +147,31 @@ def test_a_plan_does_not_pass_for_a_manifest(world):
     refused(world, Code.SIGNATURE)
 
 
+def replay_the_first_manifest(world: World, gateway: gateway_client.GatewayClient) -> None:
+    """The site holds manifest 2; the network, or an old backup, brings manifest 1 back."""
+    first = world.federation.manifest_path.read_bytes()
+    publish(world.federation, world.site.root.parent / "models", size=MIB)
+    manifest, envelope = gateway.fetch_manifest()
+    assert manifest.sequence == 2
+    world.site.manifest_path.write_bytes(envelope)
+    world.federation.manifest_path.write_bytes(first)
+
+
+def test_an_older_manifest_is_refused(world):
+    with serving(world.federation) as port, client(world.site, port) as gateway:
+        replay_the_first_manifest(world, gateway)
+        with pytest.raises(Refused, match="older") as refusal:
+            gateway.fetch_manifest()
+    assert refusal.value.code == Code.SIGNATURE
+
+
+def test_an_older_manifest_passes_without_the_check(world, monkeypatch):
+    monkeypatch.setattr(gateway_client, "_check_not_older", lambda *_: None)
+    with serving(world.federation) as port, client(world.site, port) as gateway:
+        replay_the_first_manifest(world, gateway)
+        assert gateway.fetch_manifest()[0].sequence == 1
+
+
 # --- a signed artifact that is not what it must be ---
 
 
@@ -330,6 +355,14 @@ def test_another_federations_gateway_is_refused(world, tmp_path):
         gateway.fetch_manifest()
     assert refusal.value.code == Code.GATEWAY
     assert "no certificate of this federation" in refusal.value.what
+
+
+def test_it_is_reached_when_the_pinned_authority_is_not_the_federations(world, tmp_path):
+    other = make_federation(tmp_path / "other")
+    shutil.copy(other.ca_certificate_path, world.site.ca_certificate_path)
+    stranger = with_certificate_of(world, other)
+    with serving(other) as port, client(stranger, port) as gateway, pytest.raises(Refused, match="does not know"):
+        gateway.fetch_manifest()
 
 
 def test_a_site_cannot_pose_as_the_gateway(world):

@@ -182,22 +182,6 @@ def test_two_fetches_do_not_share_a_part(federation, site):
     assert codes == [Code.STATE]
 
 
-def test_an_older_manifest_is_refused(tmp_path):
-    federation = make_federation(tmp_path / "federation")
-    site = join(federation, tmp_path / "site")
-    publish(federation, tmp_path / "models", size=MIB)
-    first = federation.manifest_path.read_bytes()
-    publish(federation, tmp_path / "models", size=2 * MIB)
-    with serving(federation) as port, client(site, port) as gateway:
-        manifest, envelope = gateway.fetch_manifest()
-        assert manifest.sequence == 2
-        site.manifest_path.write_bytes(envelope)
-        federation.manifest_path.write_bytes(first)
-        with pytest.raises(Refused, match="older") as refusal:
-            gateway.fetch_manifest()
-    assert refusal.value.code == Code.SIGNATURE
-
-
 def test_a_site_that_has_not_joined_is_told_how(tmp_path):
     from site_client.join import create
 
