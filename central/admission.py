@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from cryptography import x509
-
 from central.authority import certificate_pem, request_public_key
 from central.federation import Federation
 from central.registry import AdmittedSite, SiteRegistry
@@ -44,12 +42,6 @@ def admit(federation: Federation, envelope: bytes) -> tuple[Admission, bytes]:
             since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
     )
-    if x509.load_pem_x509_certificate(site.certificate.encode()).public_key() != public:
-        raise Refused(
-            Code.STATE,
-            f"Site {request.name} is already admitted with another TLS key.",
-            "Ask the site to join under a new name.",
-        )
     key = federation.signing_key()
     admission = Admission(
         federation=federation.config.name,

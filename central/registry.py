@@ -31,6 +31,7 @@ from sspformer.contract.manifest import (
 
 _MAX_REGISTER_BYTES = 16 << 20
 _COPY_BYTES = 1 << 20
+_RENEWAL = datetime.timedelta(days=30)
 
 
 class AdmittedSite(BaseModel):
@@ -47,11 +48,16 @@ class AdmittedSite(BaseModel):
 
     def keys_equal(self, other: AdmittedSite) -> bool:
         """Say whether two entries are of the same site with the same keys, whatever their certificates."""
-        return (self.name, self.node_public_key, self.signing_public_key) == (
-            other.name,
-            other.node_public_key,
-            other.signing_public_key,
+        return (
+            self.name == other.name
+            and self.node_public_key == other.node_public_key
+            and self.signing_public_key == other.signing_public_key
+            and _read(self).public_key() == _read(other).public_key()
         )
+
+    def valid_for(self) -> datetime.timedelta:
+        """Return how long the site's certificate still holds; negative when it has run out."""
+        return _read(self).not_valid_after_utc - datetime.datetime.now(datetime.UTC)
 
 
 class SiteRegistry:
@@ -86,12 +92,13 @@ class SiteRegistry:
         """Return the site that holds the certificate with this serial, if it is admitted and still valid today."""
         for site in self.sites():
             if site.serial == f"{serial:x}":
-                expiry = x509.load_pem_x509_certificate(site.certificate.encode()).not_valid_after_utc
-                return site if datetime.datetime.now(datetime.UTC) < expiry else None
+                return site if site.valid_for() > datetime.timedelta(0) else None
         return None
 
     def admit(self, site: AdmittedSite) -> AdmittedSite:
         """Add a site. The same site with the same keys again returns the entry that is there.
+
+        Within thirty days of its end, or after it, the certificate that is there gives way to the new one.
 
         Raises:
             Refused: E-STATE when its name, or one of its keys, is another site's.
@@ -100,14 +107,21 @@ class SiteRegistry:
             sites = self.sites()
             for known in sites:
                 if known.keys_equal(site):
-                    return known
+                    if known.valid_for() > _RENEWAL:
+                        return known
+                    site = site.model_copy(update={"since": known.since})
+                    self._write([site if entry is known else entry for entry in sites])
+                    return site
                 if known.name == site.name:
                     raise _taken(f"Site {site.name} is already admitted with other keys")
                 if known.node_public_key == site.node_public_key or known.signing_public_key == site.signing_public_key:
                     raise _taken(f"A key of {site.name} is already that of site {known.name}")
-            entries = [entry.model_dump(mode="json") for entry in [*sites, site]]
-            write_file(self._path, canonical_bytes({"sites": entries}))
+            self._write([*sites, site])
             return site
+
+    def _write(self, sites: list[AdmittedSite]) -> None:
+        entries = [site.model_dump(mode="json") for site in sites]
+        write_file(self._path, canonical_bytes({"sites": entries}))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -246,6 +260,10 @@ def _preset(header: Header) -> str:
         return str(description["name"])
     except (Refused, KeyError, TypeError):
         return "custom"
+
+
+def _read(site: AdmittedSite) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(site.certificate.encode())
 
 
 def _taken(what: str) -> Refused:

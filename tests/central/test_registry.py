@@ -102,6 +102,28 @@ def test_the_same_request_again_gives_the_same_certificate(federation, tmp_path)
     assert len(SiteRegistry(federation.sites_path).sites()) == 1
 
 
+@pytest.mark.parametrize(("days", "renewed"), [(300, False), (340, True), (400, True)])
+def test_a_certificate_near_its_end_is_renewed_by_the_same_request(federation, monkeypatch, days, renewed):
+    from central import authority, registry
+
+    request = hand_made()
+    first, _sealed = admit(federation, request)
+
+    class Later(registry.datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + registry.datetime.timedelta(days=days)
+
+    monkeypatch.setattr(registry.datetime, "datetime", Later)
+    assert authority.datetime is registry.datetime
+    second, _sealed = admit(federation, request)
+    assert (second.site_certificate != first.site_certificate) == renewed
+    (site,) = SiteRegistry(federation.sites_path).sites()
+    assert site.certificate == second.site_certificate
+    serial = x509.load_pem_x509_certificate(second.site_certificate.encode()).serial_number
+    assert SiteRegistry(federation.sites_path).find(serial) == site
+
+
 def test_a_name_is_taken_once(federation):
     admit(federation, hand_made())
     with pytest.raises(Refused, match="already admitted") as refusal:
@@ -133,6 +155,15 @@ BAD_REQUESTS = {
         ).decode()
     },
 }
+
+
+def test_a_name_with_the_same_keys_but_another_tls_key_is_taken(federation):
+    signing = Ed25519PrivateKey.generate()
+    first = Request.verify(hand_made()).model_copy(update={"signing_public_key": public_pem(signing.public_key())})
+    admit(federation, first.seal(signing))
+    second = first.model_copy(update={"tls_request": Request.verify(hand_made()).tls_request})
+    with pytest.raises(Refused, match="other keys"):
+        admit(federation, second.seal(signing))
 
 
 @pytest.mark.parametrize("change", BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
