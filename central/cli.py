@@ -120,11 +120,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Decides the patients, where no folder is given.")] = 1,
 ) -> None:
     """Run a coordinator and three hospitals on this machine and write a report."""
-    from central.demo.progress import Progress
-    from central.demo.run import Demo, run_demo
+    from central.demo.run import Demo, show_demo
 
-    progress = Progress()
-    progress.show(run_demo(Demo(out, tuple(site or ()), patients, seed), progress), out)
+    show_demo(Demo(out, tuple(site or ()), patients, seed))
 
 
 def main() -> None:

@@ -54,6 +54,21 @@ class Demo:
         return self.out / "heads" / f"{run}.safetensors"
 
 
+def show_demo(demo: Demo) -> None:
+    """Run a demo, tell how it goes, and show what it came to.
+
+    Raises:
+        Refused: as `run_demo`.
+    """
+    progress = Progress()
+    try:
+        summary = run_demo(demo, progress)
+    except KeyboardInterrupt:
+        progress.say("Interrupted. Every process of the demo has ended.")
+        raise
+    progress.show(summary, demo.out)
+
+
 def run_demo(demo: Demo, progress: Progress) -> Summary:
     """Run a federation from nothing to its report. Every process that it started has ended when it returns.
 

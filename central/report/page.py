@@ -122,6 +122,8 @@ def traffic(summary: Summary) -> list[tuple[str, int, bool, str]]:
 
 def _panels(site: SiteResult, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Turn one hospital's slices into picture panels, cropped to the head."""
+    # Slices come with the first axis to the left ear or the like; turned, the front of the head is up.
+    arrays = {key: np.rot90(value) for key, value in arrays.items()}
     target_HW = arrays["target"]
     crop = _head_box(target_HW)
     panels = []
