@@ -158,7 +158,7 @@ class _Reply:
 
 
 def _reply(update: Update, weight: float) -> Message:
-    arrays = ArrayRecord({name: Array(update.tensors[name]) for name in sorted(update.tensors)})
+    arrays = ArrayRecord({name: Array(np.asarray(update.tensors[name])) for name in sorted(update.tensors)})
     content = RecordDict({"update": arrays, "weights": MetricRecord({_WEIGHT: weight})})
     return cast(Message, _Reply(content))
 

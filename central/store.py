@@ -111,8 +111,8 @@ class RunStore:
     def commit(self, record: RoundRecord, delta: Delta, state: Delta) -> None:
         """Make a round durable: rule state first, then the head with its record, then the log line."""
         if state:
-            write_file(self._state(record.round), save(dict(state)))
-        write_file(self.checkpoint(record.round), save(dict(delta), metadata={"record": record.line()}))
+            write_file(self._state(record.round), _safetensors(state))
+        write_file(self.checkpoint(record.round), _safetensors(delta, {"record": record.line()}))
         self._append(record)
 
     def latest(self, shapes: Shapes, stateful: bool = False) -> Checkpoint | None:
@@ -269,8 +269,13 @@ def write_head(published: Path, delta: Mapping[str, np.ndarray], target: Path) -
     metadata = read_header(published).metadata
     base = load_file(published)
     head = {name: (value.astype(np.float32) + delta[name]).astype(value.dtype) for name, value in base.items()}
-    write_file(target, save(head, metadata=metadata or None))
-    return digest_tensors({name: value.astype(np.float32) for name, value in head.items()})
+    write_file(target, _safetensors(head, metadata))
+    return digest_tensors(head)
+
+
+def _safetensors(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
+    # The format's writer reads memory as it lies: scalars and strided views have to become plain arrays first.
+    return save({name: np.asarray(value, order="C") for name, value in tensors.items()}, metadata=metadata or None)
 
 
 def _try_lock(handle: IO[str]) -> bool:

@@ -191,7 +191,7 @@ class _Follower:
     def _show_rounds(self) -> None:
         for record in self.store.records():
             if record.round > self._shown:
-                self.console.print(round_line(record, self.plan.rounds), highlight=False)
+                self.console.print(round_line(record, self.plan.rounds), highlight=False, soft_wrap=True)
                 self._shown = record.round
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from central.store import RunStore
 from sspformer.contract.supervise import die_with_parent
 from tests.trust import join, make_federation
 
+Process = subprocess.Popen[bytes]
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("alpha", "bravo", "charlie")
 # The size of the real head, 0.9 M values, in a few tensors.
@@ -44,17 +44,18 @@ class Stage:
                 folder.artifact_path(artifact).write_bytes(
                     Publication(self.federation).blob_path(artifact.digest).read_bytes()
                 )
-        self.started: list[subprocess.Popen[bytes]] = []
-        self.stack = ExitStack()
+        self.started: list[Process] = []
 
     def site(self, name: str) -> Path:
         return self.root / name
 
-    def launch(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
+    def launch(self, *arguments: str, log: str, program: Sequence[str] = (), **environment: str) -> Process:
+        """Start `python -m ...`, or another program, with its output in a log; it dies with the test."""
         with (self.root / f"{log}.log").open("ab") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [*(program or (sys.executable, "-m")), *arguments],
                 cwd=ROOT,
+                env=os.environ | environment,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent,
@@ -62,15 +63,19 @@ class Stage:
         self.started.append(process)
         return process
 
-    def serve(self) -> subprocess.Popen[bytes]:
+    def serve(self) -> Process:
+        ups = self.log("serve").count("is up")
         process = self.launch("central.cli", "serve", str(self.federation.root), log="serve")
-        self.wait(lambda: "is up" in self.log("serve"), 60, process)
+        self.wait(lambda: self.log("serve").count("is up") > ups, 60, process)
         return process
 
-    def start_sites(self, names: Sequence[str] = SITES) -> dict[str, subprocess.Popen[bytes]]:
-        processes = {name: self.launch("tests.federation.site", str(self.site(name)), log=name) for name in names}
+    def start_sites(self, names: Sequence[str] = SITES, **environment: str) -> dict[str, Process]:
+        ups = {name: self.log(name).count("is up") for name in names}
+        processes = {
+            name: self.launch("tests.federation.site", str(self.site(name)), log=name, **environment) for name in names
+        }
         for name, process in processes.items():
-            self.wait(lambda name=name: "is up" in self.log(name), 60, process)
+            self.wait(lambda name=name: self.log(name).count("is up") > ups[name], 60, process)
         return processes
 
     def plan(self, run: str, **changes: object) -> Path:
@@ -78,8 +83,25 @@ class Stage:
         path.write_text(yaml.safe_dump({"run": run, "rounds": 3, "quorum": 2, "deadline_s": 60.0, **changes}))
         return path
 
-    def run(self, *arguments: str, log: str = "run") -> subprocess.Popen[bytes]:
+    def run(self, *arguments: str, log: str = "run") -> Process:
         return self.launch("central.cli", "run", str(self.federation.root), *arguments, log=log)
+
+    def completed(self, run: str, **changes: object) -> RunStore:
+        """Run a plan to its end."""
+        process = self.run(str(self.plan(run, **changes)), log=run)
+        assert self.finish(process) == 0, self.logs()
+        return self.store(run)
+
+    def hold(self, name: str) -> Path:
+        """Make the next round of a site wait; remove the returned file to let it go on."""
+        (self.site(name) / "training").unlink(missing_ok=True)
+        hold = self.site(name) / "hold"
+        hold.touch()
+        return hold
+
+    def wait_in_round(self, name: str, process: Process) -> None:
+        """Until the held site is in the middle of its round."""
+        self.wait((self.site(name) / "training").exists, 60, process)
 
     def store(self, run: str) -> RunStore:
         return RunStore(self.federation.root / "runs" / run)
@@ -88,14 +110,14 @@ class Stage:
         path = self.root / f"{name}.log"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, done: Callable[[], bool], timeout_s: float, process: subprocess.Popen[bytes] | None = None) -> None:
+    def wait(self, done: Callable[[], bool], timeout_s: float, process: Process | None = None) -> None:
         deadline = time.monotonic() + timeout_s
         while not done():
             assert process is None or process.poll() is None, f"ended with {process.returncode}\n{self.logs()}"
             assert time.monotonic() < deadline, f"waited {timeout_s} s in vain\n{self.logs()}"
             time.sleep(0.05)
 
-    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 90) -> int:
+    def finish(self, process: Process, timeout_s: float = 90) -> int:
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """A site's worker whose round is a few random numbers: `python -m tests.federation.trivial SITE --runtime-api ...`.
 
-The update is a function of the site's name, the round and the global head, so that a repeated round gives the same bytes
-and fresh rounds never give equal ones. While SITE/hold exists, a round waits: a test can kill things in the middle of it.
+The update is a function of the site's name, the round and the global head, so that a repeated round gives the same
+bytes and fresh rounds never give equal ones. While SITE/hold exists, a round waits: a test can kill things in it.
 """
 
 from __future__ import annotations
