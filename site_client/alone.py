@@ -116,9 +116,7 @@ def apply_head(
     current = root / "heads" / "current.safetensors"
     chosen = head_path or (current if current.exists() else artifacts.head)
     encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
-    head, head_arch = load_head(chosen)
-    if head_arch != arch:
-        raise Refused(Code.TENSORS, f"{chosen} was made for another encoder.", "use a head of the current encoder.")
+    head, _ = load_head(chosen, of=arch)
     result = predict(source, encoder, head.eval(), contrast, lambda done, total: progress("slices", done, total))
     facts = {"Encoder": file_digest(artifacts.encoder), "Head": file_digest(chosen), "Task": "denoise"}
     save_prediction(result, source, target, facts)

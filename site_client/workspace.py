@@ -56,9 +56,7 @@ class Workspace:
         Raises:
             Refused: E-TENSORS where it was made for another encoder.
         """
-        head, arch = load_head(path)
-        if arch != self.arch:
-            raise Refused(Code.TENSORS, f"{path} was made for another encoder ({arch.name}).", "use a matching head.")
+        head, _ = load_head(path, of=self.arch)
         return head.to(self.device).eval()
 
 
@@ -84,9 +82,7 @@ def open_workspace(
             "set device: cpu, or install a GPU build of torch.",
         )
     encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
-    head, head_arch = load_head(artifacts.head, artifacts.head_digest)
-    if head_arch != arch:
-        raise Refused(Code.TENSORS, f"{artifacts.head.name} was made for another encoder.", "publish a matching pair.")
+    head, _ = load_head(artifacts.head, artifacts.head_digest, of=arch)
     task = Denoise(noise_sigma)
     digest = artifacts.encoder_digest or file_digest(artifacts.encoder)
     cache = FeatureCache(files.root / "cache", encoder.to(device), digest, task, arch.size_px, MAX_SLICES)

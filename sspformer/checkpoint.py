@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sspformer.contract.durable import write_file
 from sspformer.contract.errors import Code, Refused
 from sspformer.model.assembly import Architecture, Head, build_encoder
 from sspformer.model.encoder import Encoder
@@ -45,15 +45,17 @@ def save_module(path: Path, module: nn.Module, arch: Architecture, role: str, ha
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write tensors atomically; returns the file's digest."""
+    """Write tensors atomically; returns the file's digest.
+
+    Raises:
+        Refused: E-STATE where the file cannot be written.
+    """
     payload = safetensors.torch.save(tensors, metadata=metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as handle:
-        handle.write(payload)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, payload)
+    except OSError as error:
+        raise Refused(Code.STATE, f"{path} cannot be written ({error.strerror}).", "check folder and space.") from error
     return "sha256:" + hashlib.sha256(payload).hexdigest()
 
 
@@ -73,9 +75,11 @@ def load_encoder(path: Path, digest: str | None = None) -> tuple[Encoder, Archit
     return encoder.eval().requires_grad_(False), arch
 
 
-def load_head(path: Path, digest: str | None = None) -> tuple[Head, Architecture]:
-    """The head of a file; raises as `load_encoder`."""
+def load_head(path: Path, digest: str | None = None, of: Architecture | None = None) -> tuple[Head, Architecture]:
+    """The head of a file; raises as `load_encoder`, and E-TENSORS where the head is not `of` that architecture."""
     tensors, arch = _load(path, digest, "head")
+    if of is not None and arch != of:
+        raise Refused(Code.TENSORS, f"{path} was made for another encoder ({arch.name}).", "use a matching head.")
     head = Head(arch)
     assign_exactly(head, tensors, str(path))
     return head, arch

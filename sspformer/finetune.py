@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sspformer.contract.errors import Code, Refused
 from sspformer.data.cohort import Cohort
 from sspformer.model.assembly import Head, trainable_names
 from sspformer.tasks.denoise import Denoise
@@ -63,7 +64,7 @@ def train(
         Mean loss over the last quarter of the steps.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        Refused: E-TENSORS where the loss is not finite.
     """
     parameters = select_trainable(head, trainable)
     device = parameters[0].device
@@ -84,7 +85,7 @@ def train(
         optimizer.step()
         losses.append(loss.item())
         if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is not finite at step {step}")
+            raise Refused(Code.TENSORS, f"the loss is not finite at step {step + 1}.", "lower the learning rate.")
         on_step(step + 1, losses[-1])
     head.eval()
     return float(np.mean(losses[-max(1, steps // 4) :]))

@@ -69,8 +69,8 @@ def predict(
         progress(done, len(stack.indices))
         restored = restore(head, encode(encoder, image[None], contrast), image[None])[0]
         back, covered = geometry.backward(np.clip(restored, 0, None) * stack.scale, output[index].shape)
-        # Beyond the percentile that became 1 the network saw a clipped value: such voxels keep their own.
-        keep = covered & (output[index] <= stack.scale)
+        # Below 0 and beyond the percentile that became 1 the network saw a clipped value: such voxels keep their own.
+        keep = covered & (output[index] >= 0) & (output[index] <= stack.scale)
         output[index][keep] = back[keep]
     progress(len(stack.indices), len(stack.indices))
     data = volume.to_native(np.moveaxis(output, 0, geometry.axis))

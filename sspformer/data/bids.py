@@ -12,7 +12,8 @@ from sspformer.contract.errors import Code, Refused
 _SCAN = re.compile(
     r"^(?P<subject>sub-[A-Za-z0-9]+)(?:_(?P<entities>[A-Za-z0-9_-]+))?_(?P<suffix>[A-Za-z0-9]+)\.nii(\.gz)?$"
 )
-_YES = {"1", "true", "yes", "y"}
+_NO = {"", "0", "0.0", "false", "no", "n", "n/a", "na", "none"}
+_NOT_MAGNITUDE = {"part-phase", "part-real", "part-imag"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_dataset(folder: Path, contrasts: tuple[str, ...]) -> Dataset:
     """
     if not folder.is_dir():
         raise Refused(Code.DATA, f"data folder {folder} does not exist.", "set `data` to a BIDS dataset (sub-*/anat).")
-    roots = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("sub-"))
+    roots = _subject_folders(folder)
     if not roots:
         raise Refused(Code.DATA, f"data folder {folder} holds no sub-* folder.", "set `data` to a BIDS dataset.")
     opted_out = read_opt_outs(folder)
@@ -90,37 +91,61 @@ def contrasts_in(folder: Path) -> dict[str, int]:
 
 
 def read_opt_outs(folder: Path) -> set[str]:
-    """Subjects whose ``opt_out`` in `participants.tsv` says yes.
+    """Subjects who opted out by the ``opt_out`` column of `participants.tsv`, as written there and as in the folder.
+
+    In doubt a subject is left out: every entry that is not a plain no (or empty, or n/a) opts out, and neither case nor
+    the leading zeros that a spreadsheet takes off an identifier tell two subjects apart.
 
     Raises:
         Refused: E-DATA where the table cannot be read; reading on could use a patient who opted out.
     """
     table = folder / "participants.tsv"
-    if not table.exists():
+    if not table.exists() and not table.is_symlink():  # a link that leads nowhere is a table that cannot be read
         return set()
     try:
         with table.open(newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle, delimiter="\t"))
+            # A stray quote must not swallow the lines after it, and the opt-outs in them.
+            lines = list(csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Refused(
             Code.DATA, f"{table} cannot be read ({type(error).__name__}).", "repair it: it may hold opt-outs."
         ) from error
-    if rows and "participant_id" not in rows[0]:
+    rows = [[cell.strip().strip('"').strip() for cell in line] for line in lines if any(line)]
+    header = [re.sub(r"[-_ ]", "", name).lower() for name in rows[0]] if rows else []
+    if rows and "participantid" not in header:
         raise Refused(Code.DATA, f"{table} has no participant_id column.", "repair it: it may hold opt-outs.")
-    opted = set()
-    for row in rows:
-        if (row.get("opt_out") or "").strip().lower() in _YES:
-            subject = (row["participant_id"] or "").strip()
-            opted.add(subject if subject.startswith("sub-") else f"sub-{subject}")
-    return opted
+    if "optout" not in header:
+        return set()
+    who, column = header.index("participantid"), header.index("optout")
+    marked = [row[who] for row in rows[1:] if who < len(row) and column < len(row) and row[column].lower() not in _NO]
+    named = {name if name.lower().startswith("sub-") else f"sub-{name}" for name in marked}
+    labels = {_label(name) for name in named}
+    return named | {root.name for root in _subject_folders(folder) if _label(root.name) in labels}
 
 
 def contrast_of(path: Path) -> str | None:
-    """The contrast that a BIDS file name states, or None."""
+    """The contrast that a BIDS file name states; None for another name, and for an image that is no magnitude."""
     match = _SCAN.match(path.name)
     if match is None:
         return None
-    return f"ce-{match['suffix']}" if "ce-" in (match["entities"] or "") else match["suffix"]
+    entities = (match["entities"] or "").split("_")
+    if _NOT_MAGNITUDE.intersection(entities):
+        return None
+    enhanced = any(entity.startswith("ce-") for entity in entities)
+    return f"ce-{match['suffix']}" if enhanced else match["suffix"]
+
+
+def _subject_folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("sub-"))
+    except OSError as error:
+        raise Refused(
+            Code.DATA, f"data folder {folder} cannot be read ({error.strerror}).", "let the site's user read it."
+        ) from error
+
+
+def _label(subject: str) -> str:
+    return subject[len("sub-") :].casefold().lstrip("0")
 
 
 def _scans_of(root: Path) -> list[Scan]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from sspformer.tasks.denoise import Denoise
 PREPROCESSING = "slices-1"
 """Changes whenever slices are cut, normalised or degraded differently, so that no older entry is ever used."""
 
+_SUBJECT_FOLDER = re.compile(r"[0-9a-f]{24}")
 _CHANNEL_OF = {name: i for i, name in enumerate(CHANNELS)} | {"PDw": 1}
 
 
@@ -75,20 +77,26 @@ class FeatureCache:
         self.task = task
         self.size_px = size_px
         self.max_slices = max_slices
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(folder, error) from error
 
     def entry(self, scan: Scan, variant: int) -> Entry:
         """The entry of a scan, made if it is not there.
 
         Raises:
-            Refused: E-DATA where the scan cannot be used.
+            Refused: E-DATA where the scan cannot be used, E-STATE where the cache cannot be written.
         """
         key = self._key(scan, variant)
         path = self._subject_folder(scan.subject) / f"{key}.safetensors"
         slices = _sound_slices(path, key)
         if slices is None:
             tensors = self._compute(scan, variant)
-            self._write(path, key, tensors)
+            try:
+                self._write(path, key, tensors)
+            except OSError as error:
+                raise _not_writable(self.folder, error) from error
             slices = len(tensors["base"])
         return Entry(path, slices)
 
@@ -100,16 +108,27 @@ class FeatureCache:
     def keep_only(self, subjects: set[str]) -> int:
         """Remove the entries of every other subject (opted out, or gone from the dataset); returns how many folders."""
         keep = {self._subject_folder(s).name for s in subjects}
-        gone = [p for p in self.folder.iterdir() if p.is_dir() and p.name not in keep]
+        # Only folders named as this cache names them: the cache may have been put beside other things.
+        gone = [p for p in self.folder.iterdir() if _SUBJECT_FOLDER.fullmatch(p.name) and p.name not in keep]
         for path in gone:
             shutil.rmtree(path)
         return len(gone)
+
+    def forget(self, subjects: set[str]) -> None:
+        """Remove the entries of these subjects."""
+        for path in map(self._subject_folder, subjects):
+            if path.exists():
+                shutil.rmtree(path)
 
     def _subject_folder(self, subject: str) -> Path:
         return self.folder / hashlib.sha256(b"subject:" + subject.encode()).hexdigest()[:24]
 
     def _key(self, scan: Scan, variant: int) -> str:
-        file_digest = hashlib.sha256(scan.path.read_bytes()).hexdigest()
+        try:
+            file_digest = hashlib.sha256(scan.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise Refused(Code.DATA, f"{scan.path} is not usable: it cannot be read ({error.strerror}).",
+                          "check the file and its permissions.") from error  # fmt: skip
         facts = [PREPROCESSING, self.encoder_digest, self.size_px, self.max_slices, self.task.name,
                  repr(self.task), scan.contrast, file_digest, variant]  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -158,6 +177,11 @@ def encode(encoder: Encoder, base_SHW: np.ndarray, contrast: str) -> Tensor:
             x[0, channel] = torch.from_numpy(one).to(device)
             features.append(encoder(x).cpu())
     return torch.cat(features)
+
+
+def _not_writable(folder: Path, error: OSError) -> Refused:
+    return Refused(Code.STATE, f"feature cache {folder} cannot be written ({error.strerror}).",
+                   "check the folder, its permissions and the space on its disk.")  # fmt: skip
 
 
 def _content_digest(tensors: dict[str, Tensor]) -> str:

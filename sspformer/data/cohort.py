@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sspformer.contract.errors import Code, Refused
-from sspformer.data.bids import Skipped, read_dataset
+from sspformer.data.bids import Skipped, read_dataset, read_opt_outs
 from sspformer.data.cache import Entry, Example, FeatureCache
 from sspformer.data.split import split
 
@@ -67,8 +67,10 @@ def open_cohort(
         progress: called with (subjects done, subjects in all).
 
     Raises:
-        Refused: E-DATA where no scan at all is usable.
+        Refused: E-DATA where no training scan at all is usable, E-STATE where the cache cannot be written.
     """
+    if folder.is_dir():
+        cache.forget(read_opt_outs(folder))  # before anything can refuse: an opt-out counts in any case
     dataset = read_dataset(folder, contrasts)
     cache.keep_only(set(dataset.subjects))
     train, test = split(dataset.subjects)
@@ -80,6 +82,8 @@ def open_cohort(
             try:
                 entries = [cache.entry(scan, v) for v in range(1 if subject in held_out else variants)]
             except Refused as refusal:
+                if refusal.code is not Code.DATA:
+                    raise
                 cohort.skipped.append(Skipped(str(scan.path), refusal.what))
                 continue
             cohort.entries.setdefault(subject, []).extend(entries)

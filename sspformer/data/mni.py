@@ -151,8 +151,8 @@ def make_hospital(
     """
     if hospital not in SCANNERS:
         raise Refused(Code.CONFIG, f"unknown hospital {hospital!r}.", f"choose one of {', '.join(SCANNERS)}.")
-    if folder.exists() and any(folder.iterdir()):
-        raise Refused(Code.STATE, f"{folder} is not empty.", "choose a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(Code.STATE, f"{folder} is not an empty folder.", "choose a new folder.")
     number = list(SCANNERS).index(hospital)
     names = [f"sub-{hospital[0].upper()}{i:04d}" for i in range(1, patients + 1)]
     for i, name in enumerate(names):

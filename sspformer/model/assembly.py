@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -36,6 +36,21 @@ class Architecture:
     tail: TailKind = "injected"
     gate: Gate = "radial"
     size_px: int = 224
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no network can have: an architecture may come out of a file.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "tail", "gate")}
+        for name, value in numbers.items():
+            if type(value) is not int or not 1 <= value <= 4096:
+                raise ValueError(f"{name} is {value!r}")
+        if self.width % self.heads or self.decoder_width % self.decoder_heads or self.size_px % 16:
+            raise ValueError("heads must divide widths, and 16 the size")
+        if self.tail not in get_args(TailKind) or self.gate not in get_args(Gate):
+            raise ValueError(f"tail is {self.tail!r}, gate is {self.gate!r}")
 
     @property
     def grid(self) -> int:
