@@ -108,6 +108,7 @@ def train_plainly(site: Site, workspace: Workspace, plan: RunPlan, round_number:
         learning_rate=local.learning_rate,
         trainable=local.trainable,
         seed=int.from_bytes(hashlib.sha256(facts).digest()[:8], "big"),
+        schedule=((round_number - 1) / plan.rounds, round_number / plan.rounds),
     )
 
 

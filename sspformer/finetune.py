@@ -45,6 +45,7 @@ def train(
     learning_rate: float,
     trainable: str,
     seed: int,
+    schedule: tuple[float, float] = (0.0, 1.0),
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
     """Train a head in place with Adam; equal arguments give bitwise equal weights on one machine.
@@ -53,9 +54,11 @@ def train(
         head: the head; only its `trainable` part changes.
         cohort: training patients.
         task: gives the loss.
-        steps: optimizer steps; the learning rate warms up over the first tenth and decays by a cosine.
+        steps: optimizer steps.
         batch_slices: slices per step, each of a patient drawn at random.
-        learning_rate: peak learning rate of Adam.
+        learning_rate: peak learning rate of Adam; it warms up over the first tenth of the steps and follows a cosine.
+        schedule: which part of the cosine these steps are, from 0 (its peak) to 1 (its end): a round of a run is one
+            part of the run's one cosine.
         trainable: see `trainable_names`.
         seed: decides which slices are drawn.
         on_step: called with (steps done, loss).
@@ -72,10 +75,11 @@ def train(
     rng = np.random.Generator(np.random.PCG64(seed))
     head.train()
     losses: list[float] = []
+    begin, end = schedule
     for step in range(steps):
         warm_up = min(1.0, (step + 1) / max(1, steps // 10))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm_up * 0.5 * (1 + np.cos(np.pi * step / steps))
+            group["lr"] = learning_rate * warm_up * 0.5 * (1 + np.cos(np.pi * (begin + (end - begin) * step / steps)))
         subjects = [cohort.train[i] for i in rng.integers(len(cohort.train), size=batch_slices)]
         picks = [(subject, int(rng.integers(cohort.slice_count(subject)))) for subject in subjects]
         features, base, target, inside = slice_batch(cohort, picks, device)
