@@ -68,9 +68,10 @@ def predict(
     for done, (index, image) in enumerate(zip(stack.indices, stack.images, strict=True)):
         progress(done, len(stack.indices))
         restored = restore(head, encode(encoder, image[None], contrast), image[None])[0]
-        back, covered = geometry.backward(np.clip(restored, 0, None) * stack.scale, output[index].shape)
-        # Below 0 and beyond the percentile that became 1 the network saw a clipped value: such voxels keep their own.
-        keep = covered & (output[index] >= 0) & (output[index] <= stack.scale)
+        intensity = np.clip(restored, 0, None) * stack.scale + stack.floor
+        back, covered = geometry.backward(intensity, output[index].shape)
+        # Beyond what became 0 and 1 the network saw a clipped value: such voxels keep their own.
+        keep = covered & (output[index] >= stack.floor) & (output[index] <= stack.floor + stack.scale)
         output[index][keep] = back[keep]
     progress(len(stack.indices), len(stack.indices))
     data = volume.to_native(np.moveaxis(output, 0, geometry.axis))

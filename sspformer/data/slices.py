@@ -61,7 +61,8 @@ class SliceStack:
         images: (S, size, size) float32, 0 = air, 1 = the 99.5th percentile of the foreground, clipped to [0, 1].
         head: (S, size, size) boolean, inside the head.
         indices: position of each slice along `geometry.axis`.
-        scale: intensity that became 1.
+        scale: how far the intensity that became 1 lies above `floor`.
+        floor: intensity that became 0: zero, or the level of air in a file with negative values.
     """
 
     images: np.ndarray
@@ -69,6 +70,7 @@ class SliceStack:
     indices: tuple[int, ...]
     geometry: SliceGeometry
     scale: float
+    floor: float = 0.0
 
 
 def head_mask(data: np.ndarray, axis: int) -> np.ndarray:
@@ -106,9 +108,11 @@ def cut_slices(
     """
     axis = slice_axis(volume)
     mask = head_mask(volume.data, axis)
-    values = volume.data[mask]
-    scale = float(np.percentile(values, 99.5)) if values.size else float(volume.data.max())
-    scale = scale if scale > 0 else float(np.abs(volume.data).max())
+    # Magnitudes are never negative, but files are: an intercept in the header, a z-score. Air is their zero then.
+    floor = min(0.0, float(np.percentile(volume.data, 0.5)))
+    values = volume.data[mask] - floor
+    scale = float(np.percentile(values, 99.5)) if values.size else 0.0
+    scale = scale if scale > 0 else float(volume.data.max()) - floor
     slices, heads = np.moveaxis(volume.data, axis, 0), np.moveaxis(mask, axis, 0)
     indices = np.arange(len(slices))
     if max_slices is not None:
@@ -117,7 +121,7 @@ def cut_slices(
         indices = np.unique(usable[picks])
     geometry = _geometry(volume, heads, axis, size_px, keep_pixels)
     size_px = geometry.size_px
-    images = [np.clip(geometry.forward(slices[i]) / scale, 0, 1) for i in indices]
+    images = [np.clip(geometry.forward(slices[i] - floor) / scale, 0, 1) for i in indices]
     inside = [geometry.forward(heads[i].astype(np.float32)) > 0.5 for i in indices]
     empty = (0, size_px, size_px)
     return SliceStack(
@@ -126,6 +130,7 @@ def cut_slices(
         tuple(int(i) for i in indices),
         geometry,
         scale,
+        floor,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
@@ -56,7 +57,7 @@ def read_volume(path: Path) -> Volume:
                         "export one 3D volume per file.")  # fmt: skip
     if data.size == 0:
         raise _unusable(path, "it holds no voxels", "export it again from the scanner's archive.")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not _is_grid(affine):
         raise _unusable(path, "its affine is not invertible", "repair the header's orientation.")
     if not np.isfinite(data).all():
         raise _unusable(path, "it holds NaN or infinite voxels", "export it again from the scanner's archive.")
@@ -96,7 +97,8 @@ def orientation(volume: Volume) -> str:
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        image = nib.load(path)
+        with LoggingOutputSuppressor():  # nibabel prints what it repairs; the refusal is one line
+            image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):  # Nifti2Image and Nifti1Pair are subclasses or converted below
             raise _unusable(path, "it is not a NIfTI file", "convert it with dcm2niix.")
         if image.get_data_dtype().fields is not None or image.get_data_dtype().kind == "c":
@@ -104,10 +106,18 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if np.prod(image.shape, dtype=np.float64) > MAX_VOXELS:
             raise _unusable(path, f"it declares more than {MAX_VOXELS} voxels", "check the header's dimensions.")
         affine = np.asarray(image.affine, dtype=np.float64)
-        return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")), affine
+        with np.errstate(all="ignore"):  # values beyond float32 become infinite, and are refused as such
+            return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")), affine
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise _unusable(path, f"it cannot be read as NIfTI ({type(error).__name__}: truncated or damaged?)",
                         "copy or export it again.") from error  # fmt: skip
+
+
+def _is_grid(affine: np.ndarray) -> bool:
+    # Finite is not enough: two axes that are almost parallel leave an axis without an orientation.
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        return False
+    return bool(np.isfinite(io_orientation(affine)).all())
 
 
 def _grey_levels(data: np.ndarray) -> int:
