@@ -182,7 +182,9 @@ def _request(run: Run, number: int, kind: Literal["train", "final"], delta: Delt
 def _deliver(run: Run, roster: _Roster, delta: Delta) -> None:
     """Hand the final head out. A site that is away gets it when the run is resumed; that fails nothing."""
     run.store.set_status("delivering", round=run.plan.rounds, rounds=run.plan.rounds)
-    collected = _collect(run, roster, _request(run, run.plan.rounds + 1, "final", delta))
+    *_, last = run.store.records()
+    request = _request(run, run.plan.rounds + 1, "final", delta)
+    collected = _collect(run, roster, request, awaited=frozenset(last.sites))
     run.store.set_status(
         "finished",
         round=run.plan.rounds,
@@ -237,8 +239,10 @@ class _Roster:
         return site not in self.stamps and self._run.clock.now() - self._seen[site] > OFFLINE_GRACE_S
 
 
-def _collect(run: Run, roster: _Roster, request: Request) -> _Collected:
+def _collect(run: Run, roster: _Roster, request: Request, awaited: frozenset[str] | None = None) -> _Collected:
     """Ask every site and wait: for all of them, for those that can still answer, or for the deadline.
+
+    With `awaited`, the other sites are asked but not waited for.
 
     A site is asked again, at most MAX_TRIES times, when it failed without having decided anything or when its
     connection is a new one. The site keeps its reply, so a second request for the same round costs it nothing.
@@ -262,7 +266,13 @@ def _collect(run: Run, roster: _Roster, request: Request) -> _Collected:
             if reply.site in asked and reply.task == request.task and reply.site not in collected.acknowledged:
                 _take(run, request, reply, asked[reply.site], collected)
 
-        waiting = [site for site in run.sites if site not in collected.acknowledged and not _has_ended(asked[site])]
+        waiting = [
+            site
+            for site in run.sites
+            if site not in collected.acknowledged
+            and not _has_ended(asked[site])
+            and (awaited is None or site in awaited)
+        ]
         enough = len(collected.acknowledged) >= (run.plan.quorum if request.kind == "train" else 0)
         if not waiting or (enough and all(roster.gone(site) for site in waiting)) or run.clock.now() >= deadline:
             break

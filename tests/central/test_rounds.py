@@ -170,6 +170,19 @@ def test_a_site_that_connects_late_takes_part(tmp_path: Path) -> None:
     assert next(iter(run.store.records())).sites == NAMES
 
 
+def test_the_final_head_is_not_held_up_by_a_site_that_was_not_in_the_last_round(tmp_path: Path) -> None:
+    sites = three()
+    sites[2].behaviours = [says("E-BUDGET")]
+    sites[2].delay_s = 20.0
+    run = make_run(tmp_path, sites, make_plan(rounds=1))
+    began_final: list[float] = []
+    run = replace(run, say=lambda text: began_final.append(run.clock.now()))
+    run_rounds(run)
+    assert run.clock.now() - began_final[0] < 5
+    assert run.store.status()["delivered"] == ["alpha", "bravo"]
+    assert sites[2].asked[-1] == (2, "final")
+
+
 def test_below_quorum_the_run_fails_with_a_code_and_can_be_resumed(tmp_path: Path) -> None:
     sites = three(behaviours=[silent])
     sites[0].behaviours = [honest]

@@ -1,4 +1,4 @@
-"""A whole federation as separate processes on loopback, started by the real commands. Heads are small, rounds trivial."""
+"""A whole federation as separate processes on loopback, started by the real commands. Only the fit is trivial."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAD = {"decoder.weight": (900, 960), "decoder.bias": (960,), "tail.weight": (40
 class Stage:
     """Folders of a coordinator and three joined sites, and the processes that were started on them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, names: Sequence[str] = SITES) -> None:
         self.root = root
         self.federation: Federation = make_federation(root / "central")
         encoder, head = root / "encoder.safetensors", root / "head.safetensors"
@@ -38,7 +38,7 @@ class Stage:
         encoder.write_bytes(save({"w": np.zeros((4, 4), np.float32)}))
         head.write_bytes(save({n: random.normal(0, 0.1, s).astype(np.float32) for n, s in HEAD.items()}))
         Publication(self.federation).publish(encoder=encoder, head=head)
-        for name in SITES:
+        for name in names:
             folder = join(self.federation, self.site(name), name)
             for artifact in Publication(self.federation).manifest().artifacts:
                 folder.artifact_path(artifact).write_bytes(

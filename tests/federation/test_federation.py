@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tests.federation.conftest import Federation
 from tests.federation.stage import SITES, Stage
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(400)]
 
 
 def trained(stage: Stage, name: str) -> int:
@@ -116,13 +116,13 @@ def test_kill_9_of_a_site_leaves_no_process_and_the_others_finish(federation: Fe
     os.kill(federation.sites["charlie"].pid, signal.SIGKILL)
     federation.sites["charlie"].wait()
     federation.wait(lambda: not federation.processes(site), 15)
-    store = federation.completed("two-sites", rounds=1, deadline_s=8.0)
+    store = federation.completed("two-sites", rounds=1, deadline_s=6.0)
     assert [record.sites for record in store.records()] == [("alpha", "bravo")]
     federation.sites |= federation.start_sites(["charlie"], EVIL_MARKS=str(federation.marks()))
 
 
 def test_a_clean_stop_leaves_no_process(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
+    stage = Stage(tmp_path, ["alpha"])
     try:
         coordinator = stage.serve()
         sites = stage.start_sites(["alpha"])
