@@ -14,9 +14,9 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, Pull
 from flwr.serverapp.strategy import FedAdam, FedTrimmedAvg, Krum
 from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable import inflatable_utils
+from flwr.superlink.grid import HttpGrid
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.superlink.grid import HttpGrid
 
 from central import app as central_app
 from central.app_bundle import _BUNDLE
@@ -85,7 +85,7 @@ def test_strategies_read_a_reply_by_content_and_error_and_keep_moments_where_we_
 
 def test_an_array_of_our_own_stype_passes_through() -> None:
     array = Array("float16", (3,), "fp16.shuffle.zstd", b"abc")
-    assert Array.inflate(array.deflate(), children={c: o for c, o in array.children.items()}).data == b"abc"
+    assert Array.inflate(array.deflate(), children=dict(array.children)).data == b"abc"
 
 
 def test_flower_demands_a_client_app_and_accepts_our_bundle(tmp_path: Path) -> None:
