@@ -176,14 +176,14 @@ class Events:
             self._write(log, Kind.RESERVED, reservation.id, run=run, round=round, mechanism=mechanism)
         return reservation
 
-    def charged(self) -> list[MechanismEvent]:
-        """Everything that counts: started or spent, in the order it was reserved.
+    def charged(self, run: str | None = None) -> list[MechanismEvent]:
+        """Everything that counts: started or spent, in the order it was reserved; of one run where it is named.
 
         Raises:
             Refused: E-STATE.
         """
         with self._locked() as log:
-            return log.mechanisms(Kind.STARTED, Kind.SPENT)
+            return log.mechanisms(Kind.STARTED, Kind.SPENT, run=run)
 
     def outstanding(self) -> list[MechanismEvent]:
         """Reserved and not started yet: held against the budget, not charged.
@@ -194,13 +194,17 @@ class Events:
         with self._locked() as log:
             return log.mechanisms(Kind.RESERVED)
 
-    def epsilon_spent(self, delta: float) -> float:
+    def epsilon_spent(self, delta: float, run: str | None = None) -> float:
         """Epsilon per patient of everything charged, at `delta`.
+
+        Args:
+            delta: the delta of the (epsilon, delta) statement.
+            run: count this run alone. What a coordinator may be told: the site's total is the site's own business.
 
         Raises:
             Refused: E-STATE.
         """
-        return accounting.epsilon(self.charged(), delta)
+        return accounting.epsilon(self.charged(run), delta)
 
     def release_never_started(self) -> int:
         """Releases what a dead process reserved and never started. For the site's start-up; returns how many.

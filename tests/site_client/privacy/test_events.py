@@ -150,6 +150,14 @@ def test_the_budget_is_the_sites_over_all_runs(events):
         events.reserve("two", 1, ROUND, caps)
 
 
+def test_one_runs_epsilon_can_be_told_without_the_total(events):
+    events.reserve("one", 1, ROUND, UNLIMITED).start()
+    events.reserve("two", 1, ROUND, UNLIMITED).start()
+    assert events.charged("one") == [ROUND]
+    assert events.epsilon_spent(1e-5, run="one") == accounting.epsilon([ROUND], 1e-5) < events.epsilon_spent(1e-5)
+    assert events.charged("none") == []
+
+
 # --- files
 
 
