@@ -92,10 +92,12 @@ class _Log:
     def state(self) -> dict[str, Kind]:
         return {line.reservation: line.kind for line in self.lines if line.kind is not Kind.TORN}
 
-    def mechanisms(self, *kinds: Kind) -> list[MechanismEvent]:
+    def mechanisms(self, *kinds: Kind, run: str | None = None) -> list[MechanismEvent]:
         state = self.state()
         return [
-            line.mechanism for line in self.lines if line.mechanism is not None and state[line.reservation] in kinds
+            line.mechanism
+            for line in self.lines
+            if line.mechanism is not None and state.get(line.reservation) in kinds and run in (None, line.run)
         ]
 
 
