@@ -167,7 +167,7 @@ def agreed_numbers(site: Site, plan: RunPlan, workspace: Workspace) -> dict[str,
     numbers: dict[str, float | int] = {"patients_bucket": 1 << (len(workspace.cohort.train).bit_length() - 1)}
     numbers["steps"] = plan.local.steps if plan.private is None else plan.private.steps
     if plan.private is not None:
-        numbers["epsilon"] = Events(site.folder / "privacy").epsilon_spent(plan.private.delta)
+        numbers["epsilon"] = Events(site.folder / "privacy").epsilon_spent(plan.private.delta, run=plan.run)
     return numbers
 
 
