@@ -27,7 +27,6 @@ from sspformer.contract.tensors import Delta, Shapes, decode, digest_tensors, en
 MAX_TRIES = 3  # how often one site is asked in one round
 RETRY_S = 1.0  # pause before a site that failed is asked again
 OFFLINE_GRACE_S = 30.0  # how long a quorum waits for a site that is not connected
-FINAL_S = 60.0  # how long the final head waits for a site that is connected
 POLL_S = 0.1
 ROSTER_S = 1.0  # how often the list of connected sites is read
 
@@ -175,8 +174,7 @@ def _request(run: Run, number: int, kind: Literal["train", "final"], delta: Delt
     task = RoundTask(
         plan_digest=plan_digest(run.plan), run=run.plan.run, round=number, head_digest=digest_tensors(delta), kind=kind
     )
-    ttl_s = run.plan.deadline_s if kind == "train" else FINAL_S
-    return Request(run.store.plan, seal_task(task, run.key), encode(delta), number, kind, ttl_s)
+    return Request(run.store.plan, seal_task(task, run.key), encode(delta), number, kind, run.plan.deadline_s)
 
 
 def _deliver(run: Run, roster: _Roster, delta: Delta) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +120,14 @@ def _train(site: SiteLike, plan: RunPlan, task: RoundTask, delta: Delta, round_f
     return said
 
 
+def refusal_of(message: Message, code: Code) -> Message:
+    """The reply that carries a code and nothing else."""
+    return Message(RecordDict({"config": ConfigRecord({"code": code.value})}), reply_to=message)
+
+
 def _pack(said: Answer, message: Message) -> Message:
     if said.code is not None:
-        return Message(RecordDict({"config": ConfigRecord({"code": said.code})}), reply_to=message)
+        return refusal_of(message, Code(said.code))
     records: dict[str, Any] = {"metrics": MetricRecord(dict(said.metrics))}
     if said.tensors:
         records["update"] = ArrayRecord({"delta": Array(DTYPE, (len(said.tensors),), STYPE, said.tensors)})
@@ -140,8 +144,9 @@ def _keep(folder: Path, task: RoundTask, said: Answer) -> None:
     head = json.dumps({"task": task.model_dump(mode="json"), "metrics": dict(said.metrics)}, sort_keys=True)
     write_secret(path, head.encode() + b"\n" + said.tensors)
     for old in path.parent.glob(f"{task.run}-*.bin"):
-        if old != path and old.stat().st_mtime < path.stat().st_mtime:
-            os.unlink(old)
+        number = old.stem.removeprefix(f"{task.run}-")
+        if number.isdigit() and int(number) < task.round:
+            old.unlink()
 
 
 def _kept(folder: Path, task: RoundTask) -> Answer | None:

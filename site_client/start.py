@@ -8,9 +8,10 @@ from pathlib import Path
 
 from site_client.folder import SiteFolder
 from sspformer.contract.durable import read_secret
-from sspformer.contract.supervise import Child, Supervisor, free_port, quiet_environment, wait_for_port
+from sspformer.contract.supervise import Child, Supervisor, free_port, quiet_environment, wait_for_file, wait_for_port
 
 LOOPBACK = "127.0.0.1"
+READY_FILE = "worker.ready"  # written by the worker once the site is open
 
 
 def start(root: Path, worker: Sequence[str] = ("-m", "site_client.worker")) -> None:
@@ -34,6 +35,7 @@ def start(root: Path, worker: Sequence[str] = ("-m", "site_client.worker")) -> N
     runtime_port = free_port()
     runtime = f"{LOOPBACK}:{runtime_port}"
     logs = (root / "logs").absolute()
+    ready_file = root / READY_FILE
     environment = quiet_environment(FLWR_HOME=str((root / "flwr").absolute()))
     supernode = Child(
         name="supernode",
@@ -53,11 +55,13 @@ def start(root: Path, worker: Sequence[str] = ("-m", "site_client.worker")) -> N
         name="worker",
         command=[sys.executable, *worker, str(root), "--runtime-api", runtime],
         environment=environment | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        ready=wait_for_file(ready_file),
         # A SuperNode waits a minute for a task whose worker died; a fresh one is asked again at once.
         takes_along=("supernode",),
     )
     supervisor = Supervisor(logs)
     try:
+        ready_file.unlink(missing_ok=True)
         supervisor.start(supernode)
         supervisor.start(runner)
         print(f"Site {folder.config.name} is up. Logs: {logs}. Stop it with Ctrl-C.", flush=True)

@@ -12,6 +12,7 @@ The program is Flower's own `flower-supernode`. Only its client of the Fleet API
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -90,6 +91,8 @@ def main() -> None:
     PromptFleetClient.node_file = Path(sys.argv.pop(1))
     fleet_http_connection.FleetHttpClient = PromptFleetClient
     flower_supernode()
+    # Flower comes back here when its loop has died of an error, and its runtime API would live on as if nothing were.
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from flwr.proto.runtime_pb2 import (
     PullTaskInputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -46,8 +45,10 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from site_client.app import FinishFunction, RoundFunction, SiteLike, client_app
-from sspformer.contract.errors import Code
+from site_client.app import FinishFunction, RoundFunction, SiteLike, client_app, refusal_of
+from site_client.start import READY_FILE
+from sspformer.contract.durable import read_secret, write_file
+from sspformer.contract.errors import Code, Refused
 from sspformer.contract.supervise import die_with_parent
 
 POLL_S = 0.1  # pause between looks for a task, on loopback
@@ -103,12 +104,20 @@ class Runner:
         status, details = SubStatus.FAILED, Code.INTERNAL.value
         try:
             message, context = _pull(client)
-            push_message(client, self._app(message=message, context=context), context)
+            push_message(client, self._answer(message, context), context)
             status, details = SubStatus.COMPLETED, ""
         finally:
             push_task_output(client, context, status, details)
             if heartbeat.is_running:
                 heartbeat.stop()
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        try:
+            return self._app(message=message, context=context)
+        except Exception:
+            # A message of a kind that our coordinator never sends. Without an answer the SuperNode would wait for ever.
+            _LOG.exception("a message could not be answered")
+            return refusal_of(message, Code.FORMAT)
 
     def _connect(self, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
@@ -165,9 +174,7 @@ def main(
     parser.add_argument("--runtime-api", required=True, help="host:port of the SuperNode's runtime API")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    secret = load_superexec_auth_secret(str(options.site / "keys" / "superexec.secret"))
-    if secret is None:
-        raise SystemExit(f"{Code.STATE}: keys/superexec.secret is missing. Next: site-client init")
+    secret = read_secret(options.site / "keys" / "superexec.secret", "the secret of SuperNode and worker")
     if open_site is None:
         from site_client.site import Site
 
@@ -176,8 +183,13 @@ def main(
         from site_client.local_round import finish, local_round
 
         round_function, finish_function = round_function or local_round, finish_function or finish
-    site = open_site(options.site)
-    Runner(options.runtime_api, secret, client_app(site, round_function, finish_function)).serve()
+    try:
+        site = open_site(options.site)
+    except Refused as refusal:
+        raise SystemExit(str(refusal)) from None  # the supervisor shows this line
+    runner = Runner(options.runtime_api, secret, client_app(site, round_function, finish_function))
+    write_file(options.site / READY_FILE, b"")
+    runner.serve()
 
 
 if __name__ == "__main__":

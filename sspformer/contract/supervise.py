@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,8 +28,12 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 STEADY_S = 60.0  # a child that lived this long starts again with the first pause
 _TICK_S = 0.2
+_REFUSAL = re.compile(r"(E-[A-Z]+): (.*) Next: (.*)")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+Ready = Callable[[Callable[[], bool]], bool]
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,14 @@ class Child:
         name: what logs and messages call it; its log is `<logs>/<name>.log`.
         command: program and arguments.
         environment: the whole environment of the process.
-        ready: returns once the process can serve; called with a test whether the process is still alive.
+        ready: waits until the process can serve and says whether it can; gets a test whether it still lives.
         takes_along: children that hold state of this one and are restarted when it dies.
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    ready: Callable[[Callable[[], bool]], None] | None = None
+    ready: Ready | None = None
     takes_along: tuple[str, ...] = ()
 
 
@@ -81,16 +86,15 @@ class Supervisor:
         """Start a child and wait until it is ready.
 
         Raises:
-            Refused: E-STATE, it ended before it was ready.
+            Refused: what the child itself refused with; E-STATE, it ended or did not come up for another reason.
         """
         running = _Running(child, self._launch(child), time.monotonic())
         self._running[child.name] = running
-        if child.ready is not None:
-            child.ready(lambda: running.process.poll() is None and not self._stop.is_set())
+        is_ready = child.ready is None or child.ready(lambda: running.process.poll() is None)
         if running.process.poll() is not None:
-            raise Refused(
-                Code.STATE, f"{child.name} ended at once with status {running.process.returncode}.", self._look(child)
-            )
+            raise self._refusal(child, running.process.returncode)
+        if not is_ready:
+            raise Refused(Code.STATE, f"{child.name} does not come up.", self._look(child))
 
     def run(self) -> None:
         """Watch the children until SIGTERM, SIGINT or `stop`, then end them all, last started first."""
@@ -157,6 +161,14 @@ class Supervisor:
                 preexec_fn=die_with_parent,  # safe here: the supervisor has no threads
             )
 
+    def _refusal(self, child: Child, status: int) -> Refused:
+        """What the child said last, if that was a refusal; else that it ended."""
+        *_, last = ["", *self._log(child).read_text(errors="replace").splitlines()]
+        said = _REFUSAL.fullmatch(last)
+        if said and said[1] in set(Code):
+            return Refused(Code(said[1]), said[2], said[3])
+        return Refused(Code.STATE, f"{child.name} ended at once with status {status}.", self._look(child))
+
     def _log(self, child: Child) -> Path:
         return self.logs / f"{child.name}.log"
 
@@ -169,17 +181,32 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def wait_for_port(host: str, port: int, timeout_s: float = 60.0) -> Callable[[Callable[[], bool]], None]:
-    """A `ready` that returns when something listens on the port, the child has died, or the time is over."""
+def wait_for_port(host: str, port: int, timeout_s: float = 90.0) -> Ready:
+    """A `ready` that waits until something listens on the port, the child has died, or the time is over."""
 
-    def ready(is_alive: Callable[[], bool]) -> None:
+    def ready(is_alive: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + timeout_s
         while is_alive() and time.monotonic() < deadline:
             with socket.socket() as probe:
                 probe.settimeout(0.5)
                 if probe.connect_ex((host, port)) == 0:
-                    return
+                    return True
             time.sleep(0.1)
+        return False
+
+    return ready
+
+
+def wait_for_file(path: Path, timeout_s: float = 180.0) -> Ready:
+    """A `ready` that waits until the file is there, the child has died, or the time is over."""
+
+    def ready(is_alive: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while is_alive() and time.monotonic() < deadline:
+            if path.exists():
+                return True
+            time.sleep(0.1)
+        return False
 
     return ready
 

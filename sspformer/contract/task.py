@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,7 @@ from sspformer.contract.envelope import seal, verify
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.plan import Digest, RunPlan
 
+_Model = TypeVar("_Model", bound=BaseModel)
 PLAN_KIND = "plan"
 TASK_KIND = "round"
 
@@ -88,7 +89,7 @@ def agreed_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
     return kept
 
 
-def _read(model: type[Any], payload: dict[str, Any], noun: str) -> Any:
+def _read(model: type[_Model], payload: dict[str, Any], noun: str) -> _Model:
     try:
         return model.model_validate(payload)
     except ValidationError as error:
