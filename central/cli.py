@@ -116,13 +116,14 @@ def export(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder that everything is written to.")] = Path("runs/demo"),
     site: Annotated[list[Path] | None, typer.Option(help="A hospital's BIDS folder; repeat for each.")] = None,
-    patients: Annotated[int, typer.Option(min=4, help="Patients per hospital, where no folder is given.")] = 200,
+    patients: Annotated[int, typer.Option(min=4, help="Patients per hospital, where no folder is given.")] = 220,
     seed: Annotated[int, typer.Option(help="Decides the patients, where no folder is given.")] = 1,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each run, for a quick look.")] = None,
 ) -> None:
     """Run a coordinator and three hospitals on this machine and write a report."""
     from central.demo.run import Demo, show_demo
 
-    show_demo(Demo(out, tuple(site or ()), patients, seed))
+    show_demo(Demo(out, tuple(site or ()), patients, seed, rounds))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def public_size(patients: int) -> int:
     return 1 << (max(2, patients).bit_length() - 1)
 
 
-def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int) -> RunPlan:
+def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int, rounds: int | None = None) -> RunPlan:
     """Fill in one of the packaged plans.
 
     Args:
@@ -28,9 +28,11 @@ def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int
         published: digests of the published `encoder` and `head`.
         sites: how many hospitals take part.
         smallest: training patients of the smallest hospital.
+        rounds: instead of the plan's own number, for a quick look.
     """
     settings: dict[str, Any] = yaml.safe_load((files("central.demo") / f"{name}.yaml").read_text())
     settings |= dict(published)
+    settings["rounds"] = rounds or settings["rounds"]
     settings["quorum"] = min(settings["quorum"], sites)  # the demo shows every hospital, so it waits for all
     if name == PRIVATE:
         private = settings["private"]

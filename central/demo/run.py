@@ -33,12 +33,14 @@ class Demo:
         sites: BIDS folders of real hospitals; without any, three are made from one average brain.
         patients: patients per made hospital.
         seed: decides the made patients.
+        rounds: rounds of each run, for a quick look; those of the plans if not given.
     """
 
     out: Path
     sites: Sequence[Path] = ()
-    patients: int = 200
+    patients: int = 220
     seed: int = 1
+    rounds: int | None = None
 
     @property
     def state(self) -> Path:
@@ -119,7 +121,7 @@ def _plans(demo: Demo, hospitals: Sequence[Hospital]) -> tuple[RunPlan, RunPlan]
     manifest = published(demo.state)
     digests = {"encoder": manifest.encoder.digest, "head": manifest.head.digest}
     smallest = min(hospital.declared_patients for hospital in hospitals)
-    plans = [load_plan(run, digests, len(hospitals), smallest) for run in (PLAIN, PRIVATE)]
+    plans = [load_plan(run, digests, len(hospitals), smallest, demo.rounds) for run in (PLAIN, PRIVATE)]
     for plan in plans:
         write_plan(plan, demo.plan_path(plan.run))
     return plans[0], plans[1]

@@ -1,0 +1,106 @@
+"""The demo as a person runs it: real processes over TLS on loopback, from nothing to the report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from central.report.summary import read_summary
+
+pytestmark = [pytest.mark.federation, pytest.mark.slow, pytest.mark.timeout(540)]
+
+
+class Watched:
+    """A running demo, its lines, and every process it ever had below it.
+
+    Args:
+        out: its folder.
+        options: further options of `central demo`.
+    """
+
+    def __init__(self, out: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "central.cli", "demo", "--out", str(out), *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines: list[str] = []
+        self.family: set[psutil.Process] = set()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    def watch(self, until: str | None = None, timeout_s: float = 420.0) -> None:
+        """Collect its processes until a line appears, or until it ends."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None and not (until and any(until in line for line in list(self.lines))):
+            assert time.monotonic() < deadline, "".join(self.lines)
+            try:
+                self.family.update(psutil.Process(self.process.pid).children(recursive=True))
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(0.1)
+        if self.process.poll() is not None:
+            self._reader.join(10)
+
+    def left_behind(self) -> list[str]:
+        """What still runs of all it ever started."""
+        return [" ".join(process.cmdline()) for process in self.family if process.is_running()]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "out"
+
+
+def test_ctrl_c_in_the_middle_of_a_round_leaves_no_process(out: Path) -> None:
+    demo = Watched(out, "--patients", "8", "--rounds", "3")
+    demo.watch(until="plain round 1/3")
+    assert len(demo.family) > 8, "".join(demo.lines)  # gateway, SuperLink, SuperExec, server app, three sites of three
+    demo.process.send_signal(signal.SIGINT)
+    demo.watch(timeout_s=90)
+    assert demo.process.wait(10) == 130
+    assert demo.left_behind() == []
+
+
+def test_demo_runs_to_its_report_over_what_an_interrupted_one_left(out: Path) -> None:
+    demo = Watched(out, "--patients", "8", "--rounds", "1")
+    demo.watch()
+    text = "".join(demo.lines)
+    assert demo.process.wait(10) == 0, text
+    assert demo.left_behind() == []
+    assert "plain round 1/1: 3 hospitals" in text
+    assert "private round 1/1: 3 hospitals" in text
+
+    summary = read_summary(out / "summary.json")
+    assert [site.name for site in summary.sites] == ["north", "east", "west"]
+    assert summary.rounds == summary.rounds_dp == len(summary.seconds_per_round) == 1
+    assert summary.dp is not None
+    assert 0 < summary.dp.epsilon <= 8
+    assert summary.encoder_bytes > summary.bytes_up_per_site_round > 10_000
+    assert any("not different people" in line for line in summary.warnings)
+    for site in summary.sites:
+        assert site.psnr_global > site.psnr_input + 3
+        assert [point.round for point in site.history] == [0, 1]
+    page = (out / "report.html").read_text()
+    assert page.count("<img") > 20
+    # Nothing that names a patient is in what people are shown.
+    for shown in (page, json.dumps(summary.model_dump()), text):
+        assert "sub-" not in shown
+
+
+def test_missing_folder_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
+    demo = Watched(tmp_path / "out", "--site", str(tmp_path / "nowhere"))
+    demo.watch(timeout_s=60)
+    assert demo.process.wait(10) == 2
+    assert demo.lines[-1].startswith("E-DATA: ")
+    assert len(demo.lines) == 1
+    assert not (tmp_path / "out").exists()
