@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -51,9 +52,32 @@ class Watched:
         if self.process.poll() is not None:
             self._reader.join(10)
 
+    def end(self) -> None:
+        """See that a test that failed leaves nothing either."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+
     def left_behind(self) -> list[str]:
         """What still runs of all it ever started."""
         return [" ".join(process.cmdline()) for process in self.family if process.is_running()]
+
+
+Start = Callable[..., Watched]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a demo that ends with the test."""
+    demos: list[Watched] = []
+
+    def begin(out: Path, *options: str) -> Watched:
+        demos.append(Watched(out, *options))
+        return demos[-1]
+
+    yield begin
+    for demo in demos:
+        demo.end()
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +85,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "out"
 
 
-def test_ctrl_c_in_the_middle_of_a_round_leaves_no_process(out: Path) -> None:
-    demo = Watched(out, "--patients", "8", "--rounds", "3")
+def test_ctrl_c_in_the_middle_of_a_round_leaves_no_process(out: Path, start: Start) -> None:
+    demo = start(out, "--patients", "8", "--rounds", "3")
     demo.watch(until="plain round 1/3")
     assert len(demo.family) > 8, "".join(demo.lines)  # gateway, SuperLink, SuperExec, server app, three sites of three
     demo.process.send_signal(signal.SIGINT)
@@ -71,8 +95,8 @@ def test_ctrl_c_in_the_middle_of_a_round_leaves_no_process(out: Path) -> None:
     assert demo.left_behind() == []
 
 
-def test_demo_runs_to_its_report_over_what_an_interrupted_one_left(out: Path) -> None:
-    demo = Watched(out, "--patients", "8", "--rounds", "1")
+def test_demo_runs_to_its_report_over_what_an_interrupted_one_left(out: Path, start: Start) -> None:
+    demo = start(out, "--patients", "8", "--rounds", "1")
     demo.watch()
     text = "".join(demo.lines)
     assert demo.process.wait(10) == 0, text
@@ -97,8 +121,8 @@ def test_demo_runs_to_its_report_over_what_an_interrupted_one_left(out: Path) ->
         assert "sub-" not in shown
 
 
-def test_missing_folder_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
-    demo = Watched(tmp_path / "out", "--site", str(tmp_path / "nowhere"))
+def test_missing_folder_is_one_line_and_starts_nothing(tmp_path: Path, start: Start) -> None:
+    demo = start(tmp_path / "out", "--site", str(tmp_path / "nowhere"))
     demo.watch(timeout_s=60)
     assert demo.process.wait(10) == 2
     assert demo.lines[-1].startswith("E-DATA: ")
