@@ -45,18 +45,26 @@ def save_module(path: Path, module: nn.Module, arch: Architecture, role: str, ha
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write tensors atomically; returns the file's digest.
+    """Write tensors atomically; returns the file's digest. Equal tensors and metadata give equal bytes.
 
     Raises:
         Refused: E-STATE where the file cannot be written.
     """
-    payload = safetensors.torch.save(tensors, metadata=metadata)
+    payload = _in_order(safetensors.torch.save(tensors, metadata=metadata))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, payload)
     except OSError as error:
         raise Refused(Code.STATE, f"{path} cannot be written ({error.strerror}).", "check folder and space.") from error
     return "sha256:" + hashlib.sha256(payload).hexdigest()
+
+
+def _in_order(payload: bytes) -> bytes:
+    # The library writes the metadata in an order that changes from call to call, and the digest with it.
+    end = 8 + int.from_bytes(payload[:8], "little")
+    header = json.dumps(json.loads(payload[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + payload[end:]
 
 
 def load_encoder(path: Path, digest: str | None = None) -> tuple[Encoder, Architecture]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 import sspformer
+from sspformer.contract.durable import write_file
 from sspformer.contract.errors import Code, Refused
 from sspformer.data.bids import contrast_of
 from sspformer.data.cache import encode
@@ -104,28 +106,35 @@ def save_prediction(prediction: Prediction, source: Path, target: Path, descript
         "EstimatedInputNoise": round(prediction.noise_sigma, 4),
         **description,
     }
+    temporary = target.with_name(f".{os.getpid()}{ending}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{os.getpid()}{ending}")
         image.to_filename(temporary)
-        target.with_name(target.name.removesuffix(ending) + ".json").write_text(json.dumps(sidecar, indent=2) + "\n")
+        write_file(_sidecar_path(target), (json.dumps(sidecar, indent=2) + "\n").encode())
         os.replace(temporary, target)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise Refused(
             Code.STATE, f"{target} cannot be written ({error.strerror}).", "check folder and space."
         ) from error
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that exists or is not named like NIfTI, before any work is done.
+    """Refuse a target that exists, or its sidecar, or that is not named like NIfTI, before any work is done.
 
     Raises:
         Refused: E-STATE.
     """
     if not target.name.endswith((".nii", ".nii.gz")):
         raise Refused(Code.STATE, f"{target} does not end in .nii or .nii.gz.", "name the output so.")
-    if target.exists():
-        raise Refused(Code.STATE, f"{target} exists already.", "choose another name, or remove it.")
+    for path in (target, _sidecar_path(target)):
+        if path.exists() or path.is_symlink():
+            raise Refused(Code.STATE, f"{path} exists already.", "choose another name, or remove it.")
+
+
+def _sidecar_path(target: Path) -> Path:
+    return target.with_name(target.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
 def estimate_noise(images_SHW: np.ndarray) -> float:

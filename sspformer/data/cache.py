@@ -28,7 +28,7 @@ from sspformer.model.assembly import CHANNELS
 from sspformer.model.encoder import Encoder
 from sspformer.tasks.denoise import Denoise
 
-PREPROCESSING = "slices-2"
+PREPROCESSING = "slices-3"
 """Changes whenever slices are cut, normalised or degraded differently, so that no older entry is ever used."""
 
 _SUBJECT_FOLDER = re.compile(r"[0-9a-f]{24}")

@@ -117,8 +117,7 @@ def cut_slices(
     indices = np.arange(len(slices))
     if max_slices is not None:
         usable = indices[heads.mean(axis=(1, 2)) > MIN_HEAD_SHARE]
-        picks = np.linspace(0, len(usable) - 1, max_slices + 2)[1:-1].round().astype(int) if len(usable) else []
-        indices = np.unique(usable[picks])
+        indices = usable[_spread(len(usable), max_slices)]
     geometry = _geometry(volume, heads, axis, size_px, keep_pixels)
     size_px = geometry.size_px
     images = [np.clip(geometry.forward(slices[i] - floor) / scale, 0, 1) for i in indices]
@@ -132,6 +131,13 @@ def cut_slices(
         scale,
         floor,
     )
+
+
+def _spread(count: int, at_most: int) -> np.ndarray:
+    """Evenly spaced positions among `count`, the two ends left out where there are enough; none is taken twice."""
+    if count >= at_most + 2:
+        return np.linspace(0, count - 1, at_most + 2)[1:-1].round().astype(int)
+    return np.linspace(0, max(0, count - 1), min(count, at_most)).round().astype(int)
 
 
 def _geometry(volume: Volume, heads: np.ndarray, axis: int, size_px: int, keep_pixels: bool) -> SliceGeometry:

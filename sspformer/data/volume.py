@@ -55,8 +55,6 @@ def read_volume(path: Path) -> Volume:
     if data.ndim != 3:
         raise _unusable(path, f"it has {len(native_shape)} dimensions ({'x'.join(map(str, native_shape))})",
                         "export one 3D volume per file.")  # fmt: skip
-    if data.size == 0:
-        raise _unusable(path, "it holds no voxels", "export it again from the scanner's archive.")
     if not _is_grid(affine):
         raise _unusable(path, "its affine is not invertible", "repair the header's orientation.")
     if not np.isfinite(data).all():

@@ -32,8 +32,9 @@ def refusal(function, *args) -> Refused:
     return caught.value
 
 
-@pytest.mark.parametrize("said", ["yes", "YES", " Yes ", "y", "1", "1.0", "true", "TRUE", "x", "opted out", "ja", '"yes"',
-                                  "2024-05-01", "unknown"])  # fmt: skip
+@pytest.mark.parametrize(
+    "said", ["yes", "YES", " Yes ", "y", "1", "1.0", "true", "x", "opted out", "ja", '"yes"', "2024-05-01", "unknown"]
+)
 def test_everything_but_a_plain_no_opts_out(tmp_path, said):
     write_participants(three(tmp_path), {"sub-01": said, "sub-02": "no", "sub-03": "no"})
     dataset = read_dataset(tmp_path, ("T1w",))
@@ -53,8 +54,15 @@ def test_identifiers_as_spreadsheets_leave_them(tmp_path, spelt):
     assert sorted(read_dataset(tmp_path, ("T1w",)).subjects) == ["sub-02", "sub-03"]
 
 
-@pytest.mark.parametrize("header", ["participant_id\topt_out", "\ufeffparticipant_id\topt_out", "Participant_ID\tOpt-Out",
-                                    "age\tOPT_OUT\tparticipant_id"])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        "participant_id\topt_out",
+        "\ufeffparticipant_id\topt_out",
+        "Participant_ID\tOpt-Out",
+        "age\tOPT_OUT\tparticipant_id",
+    ],
+)
 def test_headers_in_other_spelling_and_order(tmp_path, header):
     columns = {"age": "70", "opt_out": "yes", "participant_id": "sub-01"}
     names = [name.strip("\ufeff").lower().replace("-", "_") for name in header.split("\t")]
@@ -84,8 +92,15 @@ def test_tables_without_opt_outs(tmp_path):
         assert len(read_dataset(tmp_path, ("T1w",)).subjects) == 3
 
 
-@pytest.mark.parametrize("content", [b"participant_id\topt_out\nsub-01\t\xff\xfe\n", b"name\topt_out\nsub-01\tyes\n",
-                                     b"participant_id,opt_out\nsub-01,yes\n", "participant_id\topt_out\n".encode("utf-16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"participant_id\topt_out\nsub-01\t\xff\xfe\n",
+        b"name\topt_out\nsub-01\tyes\n",
+        b"participant_id,opt_out\nsub-01,yes\n",
+        "participant_id\topt_out\n".encode("utf-16"),
+    ],
+)
 def test_an_unreadable_table_refuses(tmp_path, content):
     (three(tmp_path) / "participants.tsv").write_bytes(content)
     refused = refusal(read_dataset, tmp_path, ("T1w",))

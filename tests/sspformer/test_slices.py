@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from sspformer.data.slices import LARGEST_PX, SliceGeometry, cut_slices, head_mask
+from sspformer.data.slices import LARGEST_PX, SliceGeometry, _spread, cut_slices, head_mask
 from sspformer.data.volume import Volume
 from tests.phantom import head_array
 
@@ -160,10 +160,18 @@ def test_slices_are_spread_over_the_head_and_air_is_left_out():
     stack = cut_slices(volume_of(data, (3, 3, 6)), 64, max_slices=4)
     assert len(stack.indices) == 4
     assert list(stack.indices) == sorted(set(stack.indices))
-    assert 6 <= stack.indices[0]
+    assert stack.indices[0] >= 6
     assert stack.indices[-1] < 18
     assert len(cut_slices(volume_of(data, (3, 3, 6)), 64).indices) == 24  # without a limit every slice is there
     assert len(cut_slices(volume_of(head_array(shape=(56, 60, 2)), (3, 3, 6)), 64, max_slices=6).indices) == 2
+
+
+@pytest.mark.parametrize("at_most", range(1, 8))
+@pytest.mark.parametrize("count", range(0, 30))
+def test_no_slice_is_lost_to_rounding(count, at_most):
+    picks = _spread(count, at_most)
+    assert len(set(picks)) == len(picks) == min(count, at_most)
+    assert all(0 <= pick < count for pick in picks)
 
 
 def test_slices_of_a_sagittal_scan():
