@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sspformer.contract.console import command_app, run_app
+from sspformer.contract.errors import Code, Refused
 
 if TYPE_CHECKING:
     from sspformer.data.cohort import Cohort
@@ -45,7 +46,7 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for the encoder and the resumable state.")],
     preset: Annotated[str, typer.Option(help="tiny, paper or base.")] = "tiny",
     contrast: Contrasts = None,
-    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    steps: Annotated[int, typer.Option(min=1)] = 600,
     batch: Annotated[int, typer.Option(min=1, help="Slices per step.")] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -57,6 +58,8 @@ def pretrain(
     from sspformer.pretrain.loop import pretrain as run
     from sspformer.progress import shown
 
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise Refused(Code.CONFIG, f"--device {device} is not available here.", "give --device cpu.")
     arch = architecture(preset)
     with shown() as progress:
         slices = collect_slices(data, tuple(contrast or ("T1w", "T2w", "FLAIR")), arch.size_px, 24,
@@ -90,7 +93,7 @@ def finetune(
 
     with shown() as progress:
         arch, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
-        model, _ = load_head(head or HEAD)
+        model, _ = load_head(head or HEAD, of=arch)
         train(model, cohort, Denoise(noise_sigma), steps=steps, batch_slices=batch, learning_rate=learning_rate,
               trainable="head", seed=seed, on_step=lambda done, loss: progress("training", done, steps))  # fmt: skip
     digest = save_module(out, model, arch, "head")
@@ -115,10 +118,12 @@ def evaluate(
     from sspformer.reference import HEAD
     from sspformer.tasks.denoise import Denoise
 
-    paths = {"warm": HEAD} | named_paths(heads)
+    # The packaged head is the one to beat, unless another encoder was given: then it does not fit.
+    paths = ({"warm": HEAD} if encoder is None else {}) | named_paths(heads)
     with shown() as progress:
-        _, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
-        scored = score(cohort, Denoise(noise_sigma), {name: load_head(p)[0].eval() for name, p in paths.items()})
+        arch, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
+        loaded = {name: load_head(p, of=arch)[0].eval() for name, p in paths.items()}
+        scored = score(cohort, Denoise(noise_sigma), loaded)
     typer.echo(f"{len(cohort.test)} held-out patients; inside the head | whole slice")
     for name in scored.scores:
         typer.echo(
@@ -143,9 +148,10 @@ def predict(
     from sspformer.reference import ENCODER, HEAD
 
     check_target(target)
-    model, _ = load_encoder(encoder or ENCODER)
+    model, arch = load_encoder(encoder or ENCODER)
+    restorer = load_head(head or HEAD, of=arch)[0].eval()
     with shown() as progress:
-        result = run(source, model, load_head(head or HEAD)[0].eval(), contrast, lambda d, n: progress("slices", d, n))
+        result = run(source, model, restorer, contrast, lambda d, n: progress("slices", d, n))
     facts = {"Encoder": file_digest(encoder or ENCODER), "Head": file_digest(head or HEAD), "Task": "denoise"}
     save_prediction(result, source, target, facts)
     typer.echo(f"{target}")

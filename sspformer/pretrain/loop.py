@@ -26,9 +26,9 @@ from sspformer.pretrain.masking import hidden_patches, k_space_noise
 class Recipe:
     """Every number of a pretraining run. `noise_sigma` is the largest receiver noise, drawn uniformly per batch."""
 
-    steps: int = 1500
+    steps: int = 600
     batch_slices: int = 8
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     warm_up: float = 0.05
     weight_decay: float = 0.05
     noise_sigma: float = 0.12
@@ -81,7 +81,7 @@ def pretrain(
         Path of the encoder.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        Refused: E-TENSORS where the loss is not finite, E-STATE where `folder` holds another recipe's run.
     """
     torch.manual_seed(recipe.seed)
     model = MaskedModel(arch).to(device)
@@ -103,7 +103,7 @@ def pretrain(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if not np.isfinite(value := loss.item()):
-            raise FloatingPointError(f"the pretraining loss is not finite at step {step}")
+            raise Refused(Code.TENSORS, f"the loss is not finite at step {step + 1}.", "lower the learning rate.")
         on_step(step + 1, value)
         if (step + 1) % save_every == 0:
             _save(folder / "resume.safetensors", model, optimizer, step + 1, facts)
@@ -133,7 +133,7 @@ def collect_slices(
                 except Refused:
                     continue
                 progress(sum(len(s) for s in stacks))
-    if not stacks:
+    if not any(len(stack) for stack in stacks):
         raise Refused(Code.DATA, "no usable slice to pretrain on.", "check the folders and contrasts.")
     return (np.concatenate(stacks) * 255).round().astype(np.uint8)
 
@@ -174,17 +174,20 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: str) -> int:
     if not path.exists():
         return 0
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if metadata["facts"] != facts:
-            raise Refused(Code.STATE, f"{path} belongs to another recipe.", "choose another folder, or remove it.")
-        step = int(metadata["step"])
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(file.get_tensor(f"model.{name}"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": file.get_tensor(f"exp_avg.{name}").to(parameter.device),
-                    "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(parameter.device),
-                }
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata["facts"] != facts:
+                raise Refused(Code.STATE, f"{path} belongs to another recipe.", "choose another folder, or remove it.")
+            step = int(metadata["step"])
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(file.get_tensor(f"model.{name}"))
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        "exp_avg": file.get_tensor(f"exp_avg.{name}").to(parameter.device),
+                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(parameter.device),
+                    }
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise Refused(Code.STATE, f"{path} is damaged ({type(error).__name__}).", "remove it to start anew.") from error
     return step
