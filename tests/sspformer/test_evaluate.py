@@ -17,7 +17,7 @@ from tests.phantom import MINI, write_dataset
 
 
 def test_psnr_by_hand():
-    """Two slices, one with error 0.1 on half of its head and one without: the errors are pooled before the logarithm."""
+    """Two slices, one with error 0.1 on half of its head, one without: errors are pooled before the logarithm."""
     target = np.full((2, 16, 16), 0.5, np.float32)
     output, inside = target.copy(), np.zeros((2, 16, 16), bool)
     inside[:, 4:12, 4:12] = True
