@@ -24,7 +24,7 @@ _PACKAGES = ("sspformer-onsite", "torch", "flwr", "opacus", "numpy")
 def main(
     repetitions: Annotated[int, typer.Option(min=1, help="Pairs of steps.")] = 10,
     runs: Annotated[int, typer.Option(min=1, help="Pairs of federated runs, four rounds each.")] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a training step.")] = min(2, os.cpu_count() or 1),
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a training step; a site's default is 1.")] = 1,
     only: Annotated[str, typer.Option(help="steps, rounds or memory; all of them without it.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the JSON.")] = Path("runs/bench"),
 ) -> None:
