@@ -13,7 +13,6 @@ from sspformer.data.cohort import Cohort
 from sspformer.model.assembly import Head, trainable_names
 from sspformer.tasks.denoise import Denoise
 
-
 WARM_UP_STEPS = 16
 """Adam starts without an idea of the gradients' scale and its first steps are mostly noise. In a federation it starts
 anew in every round: without this many steps of warm-up a short round loses about 1 dB against training alone."""

@@ -33,9 +33,9 @@ class ReferenceRecipe:
     patients: int = 400
     slices: int = 4
     encoder: Recipe = field(default_factory=Recipe)
-    head_steps: int = 1200
+    head_steps: int = 1000
     head_batch: int = 8
-    head_learning_rate: float = 1e-3
+    head_learning_rate: float = 2e-3
     noise_sigma: float = 0.10
     seed: int = 2026
 
