@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,8 +39,9 @@ from sspformer.contract.supervise import die_with_parent
 POLL_S = 0.25
 IDLE_POLL_S = 1.0  # after IDLE_AFTER_S without a message nobody is in the middle of a run
 IDLE_AFTER_S = 60.0
-OBJECT_POLL_S = 0.05
-OBJECT_WAIT_S = 10.0
+OBJECT_POLL_S = 0.05  # first pause; it grows to OBJECT_SLOWEST_S
+OBJECT_SLOWEST_S = 0.5
+OBJECT_WAIT_S = 20.0
 
 
 class PromptFleetClient(FleetHttpClient):
@@ -47,6 +49,8 @@ class PromptFleetClient(FleetHttpClient):
 
     node_file: Path
     _last_message = 0.0
+    # Flower pulls with many threads. Only one of them asks on, or a busy SuperLink gets nothing else done.
+    _waiting = threading.Lock()
 
     def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:  # noqa: N802
         """Activate the node; when it still counts as online since a crash, sign it off first."""
@@ -72,12 +76,16 @@ class PromptFleetClient(FleetHttpClient):
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
         """Look until an announced object has arrived."""
-        deadline = time.monotonic() + OBJECT_WAIT_S
-        while True:
-            response = super().PullObject(request)
-            if not response.object_found or response.object_available or time.monotonic() > deadline:
-                return response
-            time.sleep(OBJECT_POLL_S)
+        response = super().PullObject(request)
+        if not response.object_found or response.object_available:
+            return response
+        deadline, pause = time.monotonic() + OBJECT_WAIT_S, OBJECT_POLL_S
+        with self._waiting:
+            while response.object_found and not response.object_available and time.monotonic() < deadline:
+                time.sleep(pause)
+                pause = min(OBJECT_SLOWEST_S, 1.5 * pause)
+                response = super().PullObject(request)
+        return response
 
     def PushMessages(self, request: PushMessagesRequest) -> PushMessagesResponse:  # noqa: N802
         """Announce a reply without its run time."""

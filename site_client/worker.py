@@ -174,6 +174,7 @@ def main(
     parser.add_argument("--runtime-api", required=True, help="host:port of the SuperNode's runtime API")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every look for a task
     secret = read_secret(options.site / "keys" / "superexec.secret", "the secret of SuperNode and worker")
     if open_site is None:
         from site_client.site import Site

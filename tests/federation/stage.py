@@ -66,7 +66,7 @@ class Stage:
     def serve(self) -> Process:
         ups = self.log("serve").count("is up")
         process = self.launch("central.cli", "serve", str(self.federation.root), log="serve")
-        self.wait(lambda: self.log("serve").count("is up") > ups, 60, process)
+        self.wait(lambda: self.log("serve").count("is up") > ups, 120, process)
         return process
 
     def start_sites(self, names: Sequence[str] = SITES, **environment: str) -> dict[str, Process]:
@@ -75,12 +75,12 @@ class Stage:
             name: self.launch("tests.federation.site", str(self.site(name)), log=name, **environment) for name in names
         }
         for name, process in processes.items():
-            self.wait(lambda name=name: self.log(name).count("is up") > ups[name], 60, process)
+            self.wait(lambda name=name: self.log(name).count("is up") > ups[name], 120, process)
         return processes
 
     def plan(self, run: str, **changes: object) -> Path:
         path = self.root / f"{run}.yaml"
-        path.write_text(yaml.safe_dump({"run": run, "rounds": 3, "quorum": 2, "deadline_s": 60.0, **changes}))
+        path.write_text(yaml.safe_dump({"run": run, "rounds": 3, "quorum": 2, "deadline_s": 120.0, **changes}))
         return path
 
     def run(self, *arguments: str, log: str = "run") -> Process:
@@ -101,7 +101,7 @@ class Stage:
 
     def wait_in_round(self, name: str, process: Process) -> None:
         """Until the held site is in the middle of its round."""
-        self.wait((self.site(name) / "training").exists, 60, process)
+        self.wait((self.site(name) / "training").exists, 120, process)
 
     def store(self, run: str) -> RunStore:
         return RunStore(self.federation.root / "runs" / run)
@@ -117,7 +117,7 @@ class Stage:
             assert time.monotonic() < deadline, f"waited {timeout_s} s in vain\n{self.logs()}"
             time.sleep(0.05)
 
-    def finish(self, process: Process, timeout_s: float = 90) -> int:
+    def finish(self, process: Process, timeout_s: float = 150) -> int:
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -146,7 +146,7 @@ class Stage:
     def logs(self) -> str:
         texts = []
         for path in sorted(self.root.rglob("*.log")):
-            texts.append(f"--- {path.relative_to(self.root)}\n{path.read_text()[-3000:]}")
+            texts.append(f"--- {path.relative_to(self.root)}\n{path.read_text()[-2000:]}")
         return "\n".join(texts)
 
     def close(self) -> None:
