@@ -12,7 +12,7 @@ from sspformer.contract.errors import Code, Refused
 
 if TYPE_CHECKING:
     from sspformer.data.cohort import Cohort
-    from sspformer.model.assembly import Architecture
+    from sspformer.model.assembly import Architecture, Head
 
 app = command_app(
     "The researcher: pretrains SSPFormer, fine-tunes a head on one BIDS dataset, evaluates it, applies it to scans.\n\n"
@@ -80,20 +80,21 @@ def finetune(
     steps: Annotated[int, typer.Option(min=1)] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Slices per step.")] = 4,
     learning_rate: Annotated[float, typer.Option(min=1e-8, max=1)] = 1e-3,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: Cache = Path(".sspformer-cache"),
     threads: Threads = 0,
 ) -> None:
     """Fine-tune a head on one dataset; the encoder stays frozen."""
-    from sspformer.checkpoint import load_head, save_module
+    from sspformer.checkpoint import save_module
     from sspformer.finetune import train
     from sspformer.progress import shown
     from sspformer.reference import HEAD
     from sspformer.tasks.denoise import Denoise
 
     with shown() as progress:
-        arch, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
-        model, _ = load_head(head or HEAD, of=arch)
+        start = {"start": head or HEAD}
+        arch, loaded, cohort = _open(data, encoder, start, contrast, noise_sigma, cache, threads, progress)
+        model = loaded["start"]
         train(model, cohort, Denoise(noise_sigma), steps=steps, batch_slices=batch, learning_rate=learning_rate,
               trainable="head", seed=seed, on_step=lambda done, loss: progress("training", done, steps))  # fmt: skip
     digest = save_module(out, model, arch, "head")
@@ -111,7 +112,6 @@ def evaluate(
     threads: Threads = 0,
 ) -> None:
     """Score heads, non-local means and the input on held-out patients."""
-    from sspformer.checkpoint import load_head
     from sspformer.evaluate import evaluate as score
     from sspformer.evaluate import named_paths
     from sspformer.progress import shown
@@ -121,8 +121,7 @@ def evaluate(
     # The packaged head is the one to beat, unless another encoder was given: then it does not fit.
     paths = ({"warm": HEAD} if encoder is None else {}) | named_paths(heads)
     with shown() as progress:
-        arch, cohort = _cohort(data, encoder, contrast, noise_sigma, cache, threads, progress)
-        loaded = {name: load_head(p, of=arch)[0].eval() for name, p in paths.items()}
+        _, loaded, cohort = _open(data, encoder, paths, contrast, noise_sigma, cache, threads, progress)
         scored = score(cohort, Denoise(noise_sigma), loaded)
     typer.echo(f"{len(cohort.test)} held-out patients; inside the head | whole slice")
     for name in scored.scores:
@@ -202,10 +201,13 @@ def reference(
         typer.echo((FOLDER / "MODEL_CARD.md").read_text())
 
 
-def _cohort(data, encoder_path, contrast, noise_sigma, cache, threads, progress) -> tuple[Architecture, Cohort]:  # type: ignore[no-untyped-def]
+def _open(  # type: ignore[no-untyped-def]
+    data, encoder_path, head_paths, contrast, noise_sigma, cache, threads, progress
+) -> tuple[Architecture, dict[str, Head], Cohort]:
+    """Weights first: that a head does not fit is said before a dataset is read."""
     import torch
 
-    from sspformer.checkpoint import file_digest, load_encoder
+    from sspformer.checkpoint import file_digest, load_encoder, load_head
     from sspformer.data.cache import FeatureCache
     from sspformer.data.cohort import open_cohort
     from sspformer.reference import ENCODER
@@ -215,9 +217,11 @@ def _cohort(data, encoder_path, contrast, noise_sigma, cache, threads, progress)
         torch.set_num_threads(threads)
     path = encoder_path or ENCODER
     encoder, arch = load_encoder(path)
+    heads = {name: load_head(p, of=arch)[0].eval() for name, p in head_paths.items()}
     features = FeatureCache(cache, encoder, file_digest(path), Denoise(noise_sigma), arch.size_px, max_slices=6)
-    return arch, open_cohort(data, tuple(contrast or ("T1w",)), features,
-                             progress=lambda done, total: progress("patients read", done, total))  # fmt: skip
+    cohort = open_cohort(data, tuple(contrast or ("T1w",)), features,
+                         progress=lambda done, total: progress("patients read", done, total))  # fmt: skip
+    return arch, heads, cohort
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -65,3 +67,16 @@ def write_participants(folder: Path, opt_outs: dict[str, str]) -> None:
     """participants.tsv with an opt_out column."""
     rows = "".join(f"{name}\t{value}\n" for name, value in opt_outs.items())
     (folder / "participants.tsv").write_text("participant_id\topt_out\n" + rows)
+
+
+def run_command(main: Callable[[], None], *arguments: object) -> int:
+    """Run a command line in this process as its entry point would; returns the exit status."""
+    before = sys.argv
+    sys.argv = ["command", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0

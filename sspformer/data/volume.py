@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
 from sspformer.contract.errors import Code, Refused
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what it repairs; a refusal is one line
 
 MAX_SPACING_MM = 4.0
 MIN_SIDE = 32
@@ -95,8 +97,7 @@ def orientation(volume: Volume) -> str:
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with LoggingOutputSuppressor():  # nibabel prints what it repairs; the refusal is one line
-            image = nib.load(path)
+        image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):  # Nifti2Image and Nifti1Pair are subclasses or converted below
             raise _unusable(path, "it is not a NIfTI file", "convert it with dcm2niix.")
         if image.get_data_dtype().fields is not None or image.get_data_dtype().kind == "c":

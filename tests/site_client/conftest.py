@@ -1,4 +1,4 @@
-"""A real site without a coordinator's processes: made by `site-client init`, with its key pinned and artifacts in store."""
+"""A real site without a coordinator: made by `site-client init`, with a key pinned and artifacts in its store."""
 
 from __future__ import annotations
 
