@@ -27,7 +27,8 @@ from sspformer.contract.tensors import Delta, Shapes, decode, digest_tensors, en
 MAX_TRIES = 3  # how often one site is asked in one round
 RETRY_S = 1.0  # pause before a site that failed is asked again
 OFFLINE_GRACE_S = 30.0  # how long a quorum waits for a site that is not connected
-POLL_S = 0.1
+POLL_S = 0.1  # pause between looks for replies; it grows with the round, so that long training is left in peace
+SLOWEST_POLL_S = 0.5
 ROSTER_S = 1.0  # how often the list of connected sites is read
 
 # Asking again would bring the same answer: the site has decided.
@@ -247,7 +248,8 @@ def _collect(run: Run, roster: _Roster, request: Request, awaited: frozenset[str
     """
     collected = _Collected()
     asked = {site: _Asked() for site in run.sites}
-    deadline = run.clock.now() + request.ttl_s
+    began = run.clock.now()
+    deadline = began + request.ttl_s
     while True:
         roster.refresh()
         now = run.clock.now()
@@ -274,7 +276,7 @@ def _collect(run: Run, roster: _Roster, request: Request, awaited: frozenset[str
         enough = len(collected.acknowledged) >= (run.plan.quorum if request.kind == "train" else 0)
         if not waiting or (enough and all(roster.gone(site) for site in waiting)) or run.clock.now() >= deadline:
             break
-        run.clock.sleep(POLL_S)
+        run.clock.sleep(min(SLOWEST_POLL_S, max(POLL_S, 0.05 * (run.clock.now() - began))))
     collected.missing = {
         site: state.code or ("late" if state.tries else "offline")
         for site, state in asked.items()

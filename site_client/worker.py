@@ -52,6 +52,8 @@ from sspformer.contract.errors import Code, Refused
 from sspformer.contract.supervise import die_with_parent
 
 POLL_S = 0.1  # pause between looks for a task, on loopback
+IDLE_POLL_S = 0.5  # after IDLE_AFTER_S without a task nobody is in the middle of a run
+IDLE_AFTER_S = 60.0
 BACKOFF_S = 0.05  # a task is visible a moment before its tensors are; Flower's own first pause is 1 s
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _LOG = logging.getLogger("site_client")
@@ -73,9 +75,12 @@ class Runner:
 
     def serve(self) -> None:
         """Take tasks for ever. A SuperNode that is away is waited for."""
+        last_task = float("-inf")
         while True:
-            if not self.take_one():
-                time.sleep(POLL_S)
+            if self.take_one():
+                last_task = time.monotonic()
+            else:
+                time.sleep(POLL_S if time.monotonic() - last_task < IDLE_AFTER_S else IDLE_POLL_S)
 
     def take_one(self) -> bool:
         """Take and finish one task if there is one; say whether there was."""
