@@ -29,6 +29,7 @@ class Scanner:
     `grey`, `white`, `fluid`: shift of each tissue's intensity against the T1 average (1 = white matter); `scalp`: the
     intensity of the scalp, which the template lacks and which is drawn around the brain.
     `texture`, `texture_mm`: strength and scale of fine detail, which an average brain lacks.
+    `blur_mm`: standard deviation of the in-plane blur: many scanners interpolate a coarser acquisition.
     `bias`: strength of the receive field. `noise`: standard deviation of the scanner's own noise.
     `pixel_mm`, `thickness_mm`, `axes`: the grid; axes as in nibabel.
     """
@@ -39,6 +40,7 @@ class Scanner:
     scalp: float
     texture: float
     texture_mm: float
+    blur_mm: float
     bias: float
     noise: float
     pixel_mm: float
@@ -47,9 +49,9 @@ class Scanner:
 
 
 SCANNERS = {
-    "north": Scanner(0.0, 0.0, 0.0, 1.3, 0.045, 2.2, 0.15, 0.010, 1.0, 5.0, "RAS"),
-    "east": Scanner(0.25, -0.20, 0.10, 0.9, 0.080, 1.5, 0.30, 0.015, 0.94, 4.0, "LPS"),
-    "west": Scanner(0.10, -0.45, 0.70, 0.6, 0.060, 3.0, 0.20, 0.020, 1.1, 6.0, "PIR"),
+    "north": Scanner(0.0, 0.0, 0.0, 1.3, 0.03, 2.2, 0.9, 0.15, 0.005, 1.0, 5.0, "RAS"),
+    "east": Scanner(0.25, -0.20, 0.10, 0.9, 0.04, 1.8, 0.8, 0.30, 0.007, 0.94, 4.0, "LPS"),
+    "west": Scanner(0.10, -0.45, 0.70, 0.6, 0.03, 3.0, 1.1, 0.20, 0.010, 1.1, 6.0, "PIR"),
 }
 
 
@@ -101,6 +103,7 @@ def make_patient(scanner: Scanner, seed: int, slices: int) -> nib.Nifti1Image:
     detail = rng.standard_normal(image.shape, dtype=np.float32)
     detail = ndimage.gaussian_filter(detail, [s * 0.6 for s in sigma]) - ndimage.gaussian_filter(detail, sigma)
     image *= 1 + scanner.texture * detail / detail.std()
+    image = ndimage.gaussian_filter(image, [scanner.blur_mm / scanner.pixel_mm] * 2 + [0])
     field = ndimage.zoom(rng.standard_normal((4, 4, 2)), (nx / 4, ny / 4, slices / 2), order=1)
     image *= np.exp(scanner.bias * ndimage.gaussian_filter(field, (20, 20, 1)))
     real, imaginary = rng.standard_normal((2, *image.shape), dtype=np.float32) * np.float32(scanner.noise)

@@ -49,6 +49,7 @@ def random_scanner(rng: np.random.Generator) -> Scanner:
         scalp=rng.uniform(0.3, 2.0),
         texture=rng.uniform(0.02, 0.06),
         texture_mm=rng.uniform(1.5, 3.0),
+        blur_mm=0.0,
         bias=rng.uniform(0.0, 0.3),
         noise=rng.uniform(0.0, 0.01),
         pixel_mm=rng.uniform(0.9, 1.15),
