@@ -24,8 +24,9 @@ def test_a_run_finishes_at_every_site_and_its_rounds_are_short(federation: Feder
     records = list(store.records())
     assert [record.sites for record in records] == [SITES] * 4
     assert all(set(record.metrics["alpha"]) == {"patients_bucket", "steps"} for record in records)
-    # Stock Flower with subprocess isolation takes about 10 s. The shortest round: a busy machine may stretch any other.
-    assert min(record.seconds for record in records) < 4.0
+    if os.getloadavg()[0] < 2 * (os.cpu_count() or 1):  # on a machine that is busy otherwise a time says nothing
+        # Stock Flower with subprocess isolation takes about 10 s.
+        assert min(record.seconds for record in records) < 4.0
     assert store.status()["state"] == "finished"
     final = {(federation.site(name) / "final").read_text() for name in SITES}
     assert final == {store.status()["head"]} == {records[-1].head}
