@@ -173,7 +173,6 @@ class RealStage(PatientStage):
                 source = publication.blob_path(artifact.digest)
                 folder.artifact_path(artifact).write_bytes(source.read_bytes())
         self.started = []
-        self.stack = ExitStack()
 
 
 def peak_memory() -> dict[str, list[float]]:
