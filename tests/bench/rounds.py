@@ -24,7 +24,7 @@ from tests.trust import join, make_federation
 
 STOCK_APP = Path(__file__).with_name("stock")
 ROUNDS = 4  # of one run
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 
 class PatientStage(Stage):
