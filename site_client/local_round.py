@@ -18,14 +18,13 @@ import torch
 
 from site_client.policy import check, check_update_norm
 from site_client.privacy.events import Events, Reservation
-from site_client.privacy.mechanism import Tally, assign_gradient, private_gradient
-from site_client.privacy.sampling import CryptoSource, choose_slices, draw_patients
+from site_client.private_training import train_privately
 from site_client.site import Site
 from site_client.workspace import Workspace
 from sspformer.checkpoint import save_module
-from sspformer.contract.plan import PrivateTraining, RunPlan
+from sspformer.contract.plan import RunPlan
 from sspformer.contract.privacy import MechanismEvent
-from sspformer.finetune import select_trainable, slice_batch, train
+from sspformer.finetune import train
 from sspformer.model.assembly import Head
 from sspformer.tasks.denoise import restore, scores
 
@@ -110,42 +109,6 @@ def train_plainly(site: Site, workspace: Workspace, plan: RunPlan, round_number:
         seed=int.from_bytes(hashlib.sha256(facts).digest()[:8], "big"),
         schedule=((round_number - 1) / plan.rounds, round_number / plan.rounds),
     )
-
-
-def train_privately(workspace: Workspace, private: PrivateTraining, head: Head) -> None:
-    """DP-SGD with the patient as the unit; randomness from the operating system, every constant from the plan.
-
-    The step is in units of the clipping norm, so that a learning rate says how far patients who agree move the head,
-    whatever C is. Everything after the noisy gradient is post-processing.
-    """
-    source, tally = CryptoSource(), Tally()
-    parameters = select_trainable(head, private.trainable)
-    head.train()
-    for _ in range(private.steps):
-        gradient = private_gradient(
-            parameters,
-            draw_patients(workspace.cohort.train, private.sample_rate, source),
-            lambda subject: patient_loss(workspace, head, subject, private.slices_per_patient, source),
-            clipping_norm=private.clipping_norm,
-            noise_multiplier=private.noise_multiplier,
-            expected_patients=private.expected_patients,
-            source=source,
-            tally=tally,
-        )
-        assign_gradient(parameters, gradient)
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter -= private.learning_rate / private.clipping_norm * parameter.grad
-                parameter.grad = None
-    head.eval()
-    _LOG.info("private round: %d draws, %d clipped, %d not finite", tally.drawn, tally.clipped, tally.not_finite)
-
-
-def patient_loss(workspace: Workspace, head: Head, subject: str, at_most: int, source: CryptoSource) -> torch.Tensor:
-    """Mean loss over up to `at_most` slices of one patient, drawn at random."""
-    numbers = choose_slices(workspace.cohort.slice_count(subject), at_most, source)
-    features, base, target, inside = slice_batch(workspace.cohort, [(subject, n) for n in numbers], workspace.device)
-    return workspace.task.loss(head(features, base), target, inside)
 
 
 def difference(head: Head, before: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from site_client.folder import SiteFolder
-from sspformer.checkpoint import file_digest, load_encoder, load_head
+from sspformer.checkpoint import file_digest, load_encoder, load_head, read_gradient_rms
 from sspformer.contract.errors import Code, Refused
 from sspformer.data.cache import FeatureCache
 from sspformer.data.cohort import Cohort, open_cohort
@@ -32,12 +32,13 @@ class Artifacts:
 
 @dataclass
 class Workspace:
-    """An opened cohort and the published head."""
+    """An opened cohort and the published head, with what its file says about its gradients on public data."""
 
     arch: Architecture
     task: Denoise
     cohort: Cohort
     published: dict[str, torch.Tensor]
+    gradient_rms: dict[str, float]
     device: torch.device
 
     def head_at(self, delta: Mapping[str, np.ndarray]) -> Head:
@@ -88,4 +89,4 @@ def open_workspace(
     cache = FeatureCache(files.root / "cache", encoder.to(device), digest, task, arch.size_px, MAX_SLICES)
     cohort = open_cohort(files.data, contrasts, cache, progress=progress)
     published = {name: p.detach().clone().to(device) for name, p in head.named_parameters()}
-    return Workspace(arch, task, cohort, published, device)
+    return Workspace(arch, task, cohort, published, read_gradient_rms(artifacts.head), device)

@@ -30,7 +30,14 @@ def file_digest(path: Path) -> str:
         raise Refused(Code.STATE, f"{path} cannot be read ({error.strerror}).", "check the path.") from error
 
 
-def save_module(path: Path, module: nn.Module, arch: Architecture, role: str, half: bool = False) -> str:
+def save_module(
+    path: Path,
+    module: nn.Module,
+    arch: Architecture,
+    role: str,
+    half: bool = False,
+    gradient_rms: dict[str, float] | None = None,
+) -> str:
     """Write a module with its architecture, atomically; returns its digest.
 
     Args:
@@ -39,9 +46,13 @@ def save_module(path: Path, module: nn.Module, arch: Architecture, role: str, ha
         arch: its architecture.
         role: ``encoder`` or ``head``.
         half: store float16 (for a frozen encoder; features are float16 anyway).
+        gradient_rms: see `sspformer.finetune.gradient_rms`; kept in the file's metadata.
     """
     tensors = {n: (p.detach().half() if half else p.detach()).cpu().contiguous() for n, p in module.named_parameters()}
-    return save_tensors(path, tensors, {"role": role, "architecture": json.dumps(asdict(arch), sort_keys=True)})
+    metadata = {"role": role, "architecture": json.dumps(asdict(arch), sort_keys=True)}
+    if gradient_rms is not None:
+        metadata["gradient_rms"] = json.dumps({name: float(f"{rms:.4g}") for name, rms in gradient_rms.items()})
+    return save_tensors(path, tensors, metadata)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -91,6 +102,23 @@ def load_head(path: Path, digest: str | None = None, of: Architecture | None = N
     head = Head(arch)
     assign_exactly(head, tensors, str(path))
     return head, arch
+
+
+def read_gradient_rms(path: Path) -> dict[str, float]:
+    """What a head's file says about the size of its gradients on public data, by tensor; empty where it says nothing.
+
+    Raises:
+        Refused: E-FORMAT where it is not a table of positive numbers.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("gradient_rms", "{}")
+    try:
+        table = {str(name): float(value) for name, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        table = {"": float("nan")}
+    if not all(0 < value < float("inf") for value in table.values()):
+        raise Refused(Code.FORMAT, f"{path}: gradient_rms is not a table of positive numbers.", "publish it again.")
+    return table
 
 
 def assign_exactly(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -86,7 +86,7 @@ def finetune(
 ) -> None:
     """Fine-tune a head on one dataset; the encoder stays frozen."""
     from sspformer.checkpoint import save_module
-    from sspformer.finetune import train
+    from sspformer.finetune import gradient_rms, train
     from sspformer.progress import shown
     from sspformer.reference import HEAD
     from sspformer.tasks.denoise import Denoise
@@ -97,7 +97,8 @@ def finetune(
         model = loaded["start"]
         train(model, cohort, Denoise(noise_sigma), steps=steps, batch_slices=batch, learning_rate=learning_rate,
               trainable="head", seed=seed, on_step=lambda done, loss: progress("training", done, steps))  # fmt: skip
-    digest = save_module(out, model, arch, "head")
+        sizes = gradient_rms(model, cohort, Denoise(noise_sigma))
+    digest = save_module(out, model, arch, "head", gradient_rms=sizes)
     typer.echo(f"{out}: {len(cohort.train)} patients, {steps} steps, {digest}")
 
 

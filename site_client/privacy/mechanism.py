@@ -40,6 +40,7 @@ def private_gradient(
     noise_multiplier: float,
     expected_patients: float,
     source: CryptoSource,
+    scale_P: Tensor | None = None,
     tally: Tally | None = None,
 ) -> Tensor:
     """The noisy mean gradient of one step. An empty draw gives noise alone, and costs the same epsilon.
@@ -56,10 +57,13 @@ def private_gradient(
         noise_multiplier: sigma; the noise has standard deviation sigma * C in every coordinate of the sum.
         expected_patients: the public divisor. Never the number drawn, which is private.
         source: where the noise comes from.
+        scale_P: public positive constants that multiply every patient's gradient before it is clipped: coordinates in
+            which all parameters have gradients of like size, so that no few of them use up C. None means ones.
         tally: counts to add to, kept at the site.
 
     Returns:
-        gradient_P, float32, on the parameters' device; `assign_gradient` hands it to an optimizer.
+        gradient_P, float32, on the parameters' device and in the scaled coordinates; `assign_gradient` hands it to an
+        optimizer (times `scale_P` once more, where one was given).
 
     Raises:
         Refused: E-DATA where a patient is drawn twice.
@@ -84,6 +88,8 @@ def private_gradient(
         gradient_P = _gradient(parameters, loss_of_patient(patient))
         if gradient_P is None:
             continue
+        if scale_P is not None:
+            gradient_P.mul_(scale_P)
         factor = _clipping_factor(gradient_P, clipping_norm, tally)
         if factor > 0:  # zero times a gradient that is not finite would not be zero
             sum_P.add_(gradient_P, alpha=factor)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Trainable = Literal["head", "tail", "last"]
+Trainable = Literal["head", "tail", "norms"]
 
 
 class _Frozen(BaseModel):

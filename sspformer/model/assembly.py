@@ -107,16 +107,17 @@ def trainable_names(head: nn.Module, part: str) -> list[str]:
 
     Args:
         head: the head.
-        part: ``head`` (all of it), ``tail``, or ``last`` (the tail's norms and last layers: few numbers, for
-            differential privacy with small cohorts).
+        part: ``head`` (all of it), ``tail``, or ``norms`` (the tail's normalisation scales and shifts and its biases:
+            about a thousand numbers, so that differential privacy has little to drown in noise).
     """
-    names = [name for name, _ in head.named_parameters()]
+    shapes = {name: parameter.shape for name, parameter in head.named_parameters()}
+    names = list(shapes)
     if part == "head":
         return names
     tail = [name for name in names if name.startswith("tail.")]
     if part == "tail":
         return tail
-    return [name for name in tail if name.startswith(("tail.last.", "tail.up2."))]
+    return [name for name in tail if len(shapes[name]) == 1]
 
 
 def parameter_count(module: nn.Module) -> int:

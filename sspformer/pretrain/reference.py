@@ -11,13 +11,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from sspformer.checkpoint import load_encoder, save_module
+from sspformer.checkpoint import file_digest, load_encoder, save_module
 from sspformer.data.cache import FeatureCache
 from sspformer.data.cohort import open_cohort
 from sspformer.data.mni import Scanner, make_patient
 from sspformer.data.slices import cut_slices
 from sspformer.data.volume import read_volume
-from sspformer.finetune import train
+from sspformer.finetune import gradient_rms, train
 from sspformer.model.assembly import Head, architecture
 from sspformer.pretrain.loop import Recipe, collect_slices, pretrain
 from sspformer.tasks.denoise import Denoise
@@ -90,7 +90,7 @@ def make_reference(
     encoder_path.write_bytes(built.read_bytes())
     encoder, _ = load_encoder(encoder_path)
     task = Denoise(recipe.noise_sigma)
-    cache = FeatureCache(work / "cache", encoder, str(built), task, arch.size_px, recipe.slices)
+    cache = FeatureCache(work / "cache", encoder, file_digest(encoder_path), task, arch.size_px, recipe.slices)
     cohort = open_cohort(data, SUFFIXES, cache, progress=lambda done, total: say("features", done, total))
     torch.manual_seed(recipe.seed)
     head = Head(arch)
@@ -98,7 +98,7 @@ def make_reference(
           learning_rate=recipe.head_learning_rate, trainable="head", seed=recipe.seed,
           on_step=lambda step, loss: say(f"head loss {loss:.5f}", step, recipe.head_steps))  # fmt: skip
     head_path = target / "head-denoise.safetensors"
-    save_module(head_path, head, arch, "head")
+    save_module(head_path, head, arch, "head", gradient_rms=gradient_rms(head, cohort, task))
     return encoder_path, head_path
 
 

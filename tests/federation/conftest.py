@@ -17,6 +17,11 @@ class Federation(Stage):
     sites: dict[str, Process]
     unbroken: str
 
+    def start_missing_sites(self) -> None:
+        """Bring back a site that a test ended."""
+        ended = [name for name, process in self.sites.items() if process.poll() is not None]
+        self.sites |= self.start_sites(ended, EVIL_MARKS=str(self.marks()))
+
     def marks(self) -> Path:
         return self.root / "marks-locked"
 

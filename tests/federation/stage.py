@@ -117,7 +117,7 @@ class Stage:
             assert time.monotonic() < deadline, f"waited {timeout_s} s in vain\n{self.logs()}"
             time.sleep(0.05)
 
-    def finish(self, process: Process, timeout_s: float = 150) -> int:
+    def finish(self, process: Process, timeout_s: float = 300) -> int:
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:

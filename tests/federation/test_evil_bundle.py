@@ -54,6 +54,7 @@ def submit(federation: Federation, out: str) -> list[str]:
 
 
 def test_nothing_of_a_harmful_bundle_runs_at_a_site(federation: Federation) -> None:
+    federation.start_missing_sites()
     listener = Listener()
     (federation.root / "evil-port").write_text(str(listener.port))
     make_bundle(federation.root / "bundle")
@@ -100,4 +101,4 @@ def test_nothing_of_a_harmful_bundle_runs_at_a_site(federation: Federation) -> N
     for process in (runner, node):
         process.terminate()
         process.wait(20)
-    federation.sites |= federation.start_sites(["charlie"], EVIL_MARKS=str(federation.marks()))
+    federation.start_missing_sites()

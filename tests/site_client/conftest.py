@@ -49,7 +49,7 @@ class Hospital:
 
     def private_plan(self, **changes: object) -> RunPlan:
         private = {"sample_rate": 0.5, "expected_patients": 3.0, "noise_multiplier": 2.0, "clipping_norm": 0.5,
-                   "steps": 2, "learning_rate": 0.05, "trainable": "last"}  # fmt: skip
+                   "steps": 2, "learning_rate": 0.05, "trainable": "norms"}  # fmt: skip
         return self.plan(private=private | changes)
 
 

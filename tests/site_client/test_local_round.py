@@ -105,7 +105,7 @@ def test_a_private_update_is_of_the_private_part_and_is_noisy(make_hospital):
     site, plan = hospital.open(), hospital.private_plan()
     updates = [local_round(site, plan, 1, {}).update for _ in range(2)]
     head = site.prepare(plan).head_at({})
-    assert set(updates[0]) == set(trainable_names(head, "last"))
+    assert set(updates[0]) == set(trainable_names(head, "norms"))
     assert all(np.isfinite(v).all() for v in updates[0].values())
     assert any(not np.array_equal(updates[0][n], updates[1][n]) for n in updates[0])  # fresh noise each time
 

@@ -237,7 +237,7 @@ def test_gate_runs_in_float32_under_autocast():
     torch.testing.assert_close(inside, gate(x, (3, 3)))
 
 
-@pytest.mark.parametrize(("part", "starts"), [("tail", "tail."), ("last", "tail.")])
+@pytest.mark.parametrize(("part", "starts"), [("tail", "tail."), ("norms", "tail.")])
 def test_trainable_parts(part, starts):
     head = Head(MINI)
     names = trainable_names(head, part)
