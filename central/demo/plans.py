@@ -13,6 +13,7 @@ from sspformer.contract.durable import write_file
 from sspformer.contract.plan import RunPlan
 
 PLAIN, PRIVATE = "plain", "private"
+FULL_SIZE = 128  # the public cohort size that private.yaml was made for
 
 
 def public_size(patients: int) -> int:
@@ -36,7 +37,11 @@ def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int
     settings["quorum"] = min(settings["quorum"], sites)  # the demo shows every hospital, so it waits for all
     if name == PRIVATE:
         private = settings["private"]
-        private["expected_patients"] = private["sample_rate"] * public_size(smallest)
+        size = public_size(smallest)
+        private["expected_patients"] = private["sample_rate"] * size
+        # The noise of a step grows as the cohort shrinks; steps shrink with it, so that noise never moves a head further
+        # than it does in the cohort that the plan was made for.
+        private["learning_rate"] *= min(1.0, size / FULL_SIZE)
     return RunPlan.model_validate(settings)
 
 

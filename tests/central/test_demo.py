@@ -85,6 +85,16 @@ def test_private_plan_stays_within_epsilon_eight() -> None:
     assert 6.0 < spent <= 8.0
 
 
+@pytest.mark.parametrize("patients", [4, 16, 150, 1000])
+def test_noise_moves_a_small_cohort_no_further_than_a_large_one(patients: int) -> None:
+    def reach(size: int) -> float:
+        private = load_plan(PRIVATE, DIGESTS, 3, size).private
+        assert private is not None
+        return private.learning_rate * private.noise_multiplier / private.expected_patients
+
+    assert reach(patients) <= reach(128) * (1 + 1e-9)
+
+
 def test_plain_plan_has_no_private_part_and_asks_what_two_sites_can_give() -> None:
     plan = load_plan(PLAIN, DIGESTS, 2, 150)
     assert plan.private is None
