@@ -138,11 +138,23 @@ def _workspace(files: SiteFolder, plan: RunPlan | None, contrasts: Sequence[str]
 
 
 def _artifacts(files: SiteFolder, plan: RunPlan | None) -> Artifacts:
-    """What the coordinator published, where this site has joined and fetched it; else the packaged reference."""
+    """What the plan names; else what the coordinator published, where this site has fetched it; else the packaged pair.
+
+    Raises:
+        Refused: E-STATE where the plan's pair is not here: another pair would make every comparison wrong.
+    """
     if plan is not None:
         encoder, head = (files.store / digest.replace(":", "-") for digest in (plan.encoder, plan.head))
-        if encoder.exists() and head.exists():
-            return Artifacts(encoder, head, plan.encoder, plan.head)
+        if not (encoder.exists() and head.exists()):
+            packaged = {ENCODER: plan.encoder, HEAD: plan.head}
+            if any(file_digest(path) != digest for path, digest in packaged.items()):
+                raise Refused(
+                    Code.STATE,
+                    f"the encoder or head of plan {plan.run} is neither in {files.store} nor packaged.",
+                    "run: site-client fetch SITE",
+                )
+            encoder, head = ENCODER, HEAD
+        return Artifacts(encoder, head, plan.encoder, plan.head)
     if files.manifest_path.exists():
         manifest = verify_manifest(files.manifest_path.read_bytes(), files.coordinator_key())
         encoder, head = files.artifact_path(manifest.encoder), files.artifact_path(manifest.head)

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from site_client.folder import SiteFolder
 from site_client.policy import Policy
+from site_client.privacy.events import Events
 from site_client.workspace import Artifacts, Workspace, open_workspace
 from sspformer.checkpoint import load_head
 from sspformer.contract.errors import Code, Refused
@@ -30,13 +31,16 @@ class Site:
 
     @classmethod
     def open(cls, folder: Path) -> Site:
-        """Open a site that has joined.
+        """Open a site that has joined. Budget that a dead worker reserved and never used is free again.
 
         Raises:
             Refused: E-CONFIG or E-STATE where it has not, or its files are damaged.
         """
         files = SiteFolder.open(folder)
-        return cls(folder, files, files.coordinator_key())
+        coordinator_key = files.coordinator_key()
+        # The worker is the only one that reserves, and this is its start: no reservation can be in use now.
+        Events(folder / "privacy").release_never_started()
+        return cls(folder, files, coordinator_key)
 
     @property
     def name(self) -> str:
@@ -63,17 +67,30 @@ class Site:
     def prepare(self, plan: RunPlan) -> Workspace:
         """The plan's workspace; the first call reads the site's images and fills the feature cache.
 
-        The listing is compared each time, so that a subject who opted out between two rounds is gone in the next.
+        The listing is compared each time, so that a subject who opted out between two rounds is gone in the next, and a
+        scan that was added or replaced is read.
 
         Raises:
             Refused: E-DATA, E-DIGEST, E-FORMAT or E-TENSORS.
         """
-        subjects = sorted(read_dataset(self.files.data, plan.contrasts).subjects)
-        key = repr((plan.encoder, plan.head, plan.contrasts, plan.noise_sigma, subjects))
+        key = repr((plan.encoder, plan.head, plan.contrasts, plan.noise_sigma, self._listing(plan)))
         if key not in self._workspaces:
             artifacts = Artifacts(self._artifact(plan.encoder), self._artifact(plan.head), plan.encoder, plan.head)
             self._workspaces = {key: open_workspace(self.files, artifacts, plan.contrasts, plan.noise_sigma)}
         return self._workspaces[key]
+
+    def _listing(self, plan: RunPlan) -> list[tuple[str, int, int]]:
+        """Every scan that the plan asks for: path, size and time of change."""
+        listed = []
+        for scans in read_dataset(self.files.data, plan.contrasts).subjects.values():
+            for scan in scans:
+                try:
+                    status = scan.path.stat()
+                except OSError:  # a dead link, say: reading it will be refused and reported
+                    listed.append((str(scan.path), -1, -1))
+                else:
+                    listed.append((str(scan.path), status.st_size, status.st_mtime_ns))
+        return sorted(listed)
 
     def _artifact(self, digest: str) -> Path:
         path = self.files.store / digest.replace(":", "-")

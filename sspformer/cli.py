@@ -62,10 +62,21 @@ def pretrain(
         raise Refused(Code.CONFIG, f"--device {device} is not available here.", "give --device cpu.")
     arch = architecture(preset)
     with shown() as progress:
-        slices = collect_slices(data, tuple(contrast or ("T1w", "T2w", "FLAIR")), arch.size_px, 24,
-                                lambda done: progress("slices", done, 0))  # fmt: skip
+        skipped: list[str] = []
+        slices = collect_slices(
+            data,
+            tuple(contrast or ("T1w", "T2w", "FLAIR")),
+            arch.size_px,
+            24,
+            lambda done: progress("slices", done, 0),
+            skipped.append,
+        )
         path = run(arch, slices, Recipe(steps=steps, batch_slices=batch), out, torch.device(device),
                    lambda step, loss: progress(f"pretraining on {len(slices)} slices", step, steps))  # fmt: skip
+    for reason in skipped[:5]:
+        typer.echo(f"skipped: {reason}", err=True)
+    if len(skipped) > 5:
+        typer.echo(f"skipped {len(skipped) - 5} more scans", err=True)
     typer.echo(f"{path}")
 
 

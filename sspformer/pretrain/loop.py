@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -88,7 +89,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.95)
     )
-    facts = json.dumps([asdict(recipe), asdict(arch)], sort_keys=True)
+    data = hashlib.sha256(np.ascontiguousarray(slices_SHW).tobytes()).hexdigest()
+    facts = json.dumps([asdict(recipe), asdict(arch), data], sort_keys=True)
     start = _resume(folder / "resume.safetensors", model, optimizer, facts)
     for step in range(start, recipe.steps):
         # Seeded per step, so that a resumed run sees the batches an unbroken one would have seen.
@@ -118,8 +120,11 @@ def collect_slices(
     size_px: int,
     max_slices: int,
     progress: Callable[[int], None] = lambda done: None,
+    on_skip: Callable[[str], None] = lambda reason: None,
 ) -> np.ndarray:
-    """Slices of every usable scan of some BIDS datasets as uint8 (S, H, W); broken scans are skipped.
+    """Slices of every usable scan of some BIDS datasets as uint8 (S, H, W).
+
+    Broken scans are skipped; `on_skip` is called with the reason of each, `progress` with the slices so far.
 
     Raises:
         Refused: E-DATA where nothing is usable.
@@ -130,7 +135,8 @@ def collect_slices(
             for scan in scans:
                 try:
                     stacks.append(cut_slices(read_volume(scan.path), size_px, max_slices).images)
-                except Refused:
+                except Refused as refusal:
+                    on_skip(refusal.what)
                     continue
                 progress(sum(len(s) for s in stacks))
     if not any(len(stack) for stack in stacks):
@@ -178,7 +184,11 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fact
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata["facts"] != facts:
-                raise Refused(Code.STATE, f"{path} belongs to another recipe.", "choose another folder, or remove it.")
+                raise Refused(
+                    Code.STATE,
+                    f"{path} belongs to another recipe or other data.",
+                    "choose another folder, or remove it.",
+                )
             step = int(metadata["step"])
             with torch.no_grad():
                 for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from site_client import local_round as story
+from site_client import private_training
 from site_client.local_round import finish, local_round
 from site_client.policy import Policy
 from site_client.privacy.events import Events, Reservation
@@ -57,7 +58,7 @@ def steps(monkeypatch) -> list[str]:
     spy(Events, "reserve", "reserve")
     spy(Site, "prepare", "prepare")
     spy(Reservation, "start", "start")
-    spy(story, "draw_patients", "draw")
+    spy(private_training, "draw_patients", "draw")
     spy(FeatureCache, "load", "read")
     spy(story, "train_privately", "train")
     spy(story, "train_plainly", "train plainly")
@@ -83,8 +84,8 @@ def test_the_order_of_a_private_round(make_hospital, steps):
 def test_started_is_on_the_disk_before_a_patient_is_drawn(make_hospital, monkeypatch):
     hospital = make_hospital()
     seen: list[list[str]] = []
-    real = story.draw_patients
-    monkeypatch.setattr(story, "draw_patients", lambda *args: seen.append(kinds(hospital)) or real(*args))
+    real = private_training.draw_patients
+    monkeypatch.setattr(private_training, "draw_patients", lambda *args: seen.append(kinds(hospital)) or real(*args))
     local_round(hospital.open(), hospital.private_plan(), 1, {})
     assert seen
     assert set(map(tuple, seen)) == {("RESERVED", "STARTED")}
@@ -214,7 +215,7 @@ def test_what_an_exception_costs(make_hospital, monkeypatch, broken, left):
         raise RuntimeError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(story, broken, crash)
+        patch.setattr(private_training if broken == "private_gradient" else story, broken, crash)
         with pytest.raises(RuntimeError):
             local_round(hospital.open(), hospital.private_plan(), 1, {})
     assert kinds(hospital) == left

@@ -39,7 +39,8 @@ def test_only_the_trainable_part_moves(cohort, part):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     asked = set(trainable_names(head, part))
     assert moved <= asked
-    assert len(moved) >= 0.9 * len(asked)
+    # An untrained head's last layer is zero: until its weight moves, nothing reaches the norms before it.
+    assert len(moved) >= 0.9 * len(asked) if part != "norms" else moved == {"tail.last.bias"}
     assert {name for name, p in head.named_parameters() if p.requires_grad} == asked
     assert not head.training
 

@@ -256,3 +256,32 @@ def test_half_precision_parameters_are_summed_in_full(slices):
     torch.testing.assert_close(gradient, torch.full((4,), 0.001), rtol=5e-3, atol=0)
     assign_gradient([weight], gradient)
     assert weight.grad.dtype == torch.bfloat16
+
+
+def test_public_coordinates_scale_before_the_clip():
+    """With scales, each patient's scaled gradient is what is clipped, and C bounds it there."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    parameters = list(layer.parameters())
+    data = {name: torch.randn(4, 3) for name in "abc"}
+    scale_P = torch.tensor([10.0] * 6 + [0.1] * 2)
+
+    def loss(name: str) -> torch.Tensor:
+        return layer(data[name]).square().mean()
+
+    got = private_gradient(
+        parameters,
+        list(data),
+        loss,
+        clipping_norm=0.5,
+        noise_multiplier=1e-9,
+        expected_patients=2.0,
+        source=CryptoSource(bytes(32)),
+        scale_P=scale_P,
+    )
+    wanted = torch.zeros(8, dtype=torch.float64)
+    for name in data:
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss(name), parameters)]).double() * scale_P
+        wanted += flat * min(1.0, 0.5 / float(flat.norm()))
+    assert torch.allclose(got.double(), wanted / 2.0, rtol=1e-5, atol=1e-8)
+    assert float(got.norm()) * 2.0 <= 3 * 0.5
