@@ -39,8 +39,8 @@ def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int
         private = settings["private"]
         size = public_size(smallest)
         private["expected_patients"] = private["sample_rate"] * size
-        # The noise of a step grows as the cohort shrinks; steps shrink with it, so that noise never moves a head further
-        # than it does in the cohort that the plan was made for.
+        # The noise of a step grows as the cohort shrinks; the step shrinks with it, so that noise never moves a head
+        # further than it does in the cohort that the plan was made for.
         private["learning_rate"] *= min(1.0, size / FULL_SIZE)
     return RunPlan.model_validate(settings)
 
