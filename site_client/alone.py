@@ -63,7 +63,8 @@ def finetune_alone(
     save_module(path, head.cpu(), workspace.arch, "head")
     lines = [f"{len(workspace.cohort.train)} patients, {total} steps: {path}"]
     if workspace.cohort.test:
-        scored = evaluate(workspace.cohort, workspace.task, {"warm": workspace.head_at({}), "local": head})
+        heads = {"warm": workspace.head_at({}), "local": head}
+        scored = evaluate(workspace.cohort, workspace.task, heads, baselines=False)
         lines += [f"  PSNR inside the head, {len(workspace.cohort.test)} held-out patients: " + ", ".join(
             f"{name} {scored.mean(name, 'psnr'):.2f} dB" for name in scored.scores)]  # fmt: skip
     return lines + _skipped(workspace)

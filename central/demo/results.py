@@ -76,6 +76,7 @@ def summarise(
         seconds_to_first_round=round(records[0].ended_at - started, 2),
         bytes_up_per_site_round=_mean([amount for record in records for amount in record.bytes_up.values()]),
         bytes_down_per_site_round=_mean([amount for record in records for amount in record.bytes_down.values()]),
+        bytes_up_total=sum(sum(record.bytes_up.values()) for record in (*records, *records_dp)),
         encoder_bytes=manifest.encoder.bytes,
         head_bytes=manifest.head.bytes,
         trainable_parameters=sum(math.prod(shape) for shape in head_shapes(blob).values()),

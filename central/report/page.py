@@ -110,13 +110,17 @@ def traffic(summary: Summary) -> list[tuple[str, int, bool, str]]:
     rounds = summary.rounds + summary.rounds_dp
     count = len(summary.sites)
     stayed = sum(site.mri_bytes_stayed for site in summary.sites)
-    up = summary.bytes_up_per_site_round
     return [
         ("MRI that stayed", stayed, False, f"image files at {count} hospitals; never opened by anything that sends"),
         ("encoder, received once", summary.encoder_bytes, False, "per hospital; verified by digest and signature"),
         ("head, received a round", summary.bytes_down_per_site_round, False, "per hospital and round"),
-        ("update, sent a round", up, True, "per hospital and round; float16 differences, compressed"),
-        ("all updates sent", up * rounds * count, True, f"{count} hospitals, {rounds} rounds, both runs together"),
+        (
+            "update, sent a round",
+            summary.bytes_up_per_site_round,
+            True,
+            "per hospital and round, without DP; float16 differences, compressed",
+        ),
+        ("all updates sent", summary.bytes_up_total, True, f"{count} hospitals, {rounds} rounds, both runs together"),
     ]
 
 

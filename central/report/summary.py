@@ -121,6 +121,7 @@ class Summary(_Model):
     seconds_to_first_round: Seconds
     bytes_up_per_site_round: Count
     bytes_down_per_site_round: Count
+    bytes_up_total: Count = Field(0, description="everything that all sites sent, both runs together")
     encoder_bytes: Count
     head_bytes: Count = 0
     trainable_parameters: Count

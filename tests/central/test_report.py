@@ -75,6 +75,7 @@ def summary(*sites: SiteResult, **changes: Any) -> Summary:
         "seconds_to_first_round": 30.0,
         "bytes_up_per_site_round": 1_400_000,
         "bytes_down_per_site_round": 1_500_000,
+        "bytes_up_total": 1_400_000 * 25 * 3,
         "encoder_bytes": 5_000_000,
         "trainable_parameters": 900_000,
         "dp": DpSummary(epsilon=7.9, delta=1e-5, noise_multiplier=1.31, clipping_norm=0.5, sample_rate=0.2, steps=75),
@@ -152,7 +153,7 @@ def test_story_says_a_loss_as_a_loss() -> None:
     assert "−1.00" in story(summary(site(gain=4.0), site("b", gain=4.0), site("c", gain=4.0)))[0]
 
 
-def test_traffic_counts_every_update() -> None:
+def test_traffic_shows_everything_that_was_sent() -> None:
     rows = {name: amount for name, amount, _, _ in traffic(summary())}
     assert rows["all updates sent"] == 1_400_000 * 25 * 3
     assert rows["MRI that stayed"] == 3 * 10**8
