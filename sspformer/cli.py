@@ -109,7 +109,7 @@ def finetune(
         train(model, cohort, Denoise(noise_sigma), steps=steps, batch_slices=batch, learning_rate=learning_rate,
               trainable="head", seed=seed, on_step=lambda done, loss: progress("training", done, steps))  # fmt: skip
         sizes = gradient_rms(model, cohort, Denoise(noise_sigma))
-    digest = save_module(out, model, arch, "head", gradient_rms=sizes)
+    digest = save_module(out, model, arch, "head", gradient_rms=sizes, encoder_digest=cohort.cache.encoder_digest)
     typer.echo(f"{out}: {len(cohort.train)} patients, {steps} steps, {digest}")
 
 
@@ -160,10 +160,11 @@ def predict(
 
     check_target(target)
     model, arch = load_encoder(encoder or ENCODER)
-    restorer = load_head(head or HEAD, of=arch)[0].eval()
+    encoder_digest = file_digest(encoder or ENCODER)
+    restorer = load_head(head or HEAD, of=arch, encoder_digest=encoder_digest)[0].eval()
     with shown() as progress:
         result = run(source, model, restorer, contrast, lambda d, n: progress("slices", d, n))
-    facts = {"Encoder": file_digest(encoder or ENCODER), "Head": file_digest(head or HEAD), "Task": "denoise"}
+    facts = {"Encoder": encoder_digest, "Head": file_digest(head or HEAD), "Task": "denoise"}
     save_prediction(result, source, target, facts)
     typer.echo(f"{target}")
 
@@ -189,7 +190,7 @@ def cohort(
 def reference(
     path: Annotated[bool, typer.Option("--path", help="Print the folder of the packaged weights.")] = False,
     make: Annotated[
-        Path | None, typer.Option(help="Make them anew into this folder (most of an hour on two cores).")
+        Path | None, typer.Option(help="Make them anew into this folder (20 minutes or more).")
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder for data and resumable state.")] = Path("runs/reference"),
 ) -> None:
@@ -229,8 +230,9 @@ def _open(  # type: ignore[no-untyped-def]
         torch.set_num_threads(threads)
     path = encoder_path or ENCODER
     encoder, arch = load_encoder(path)
-    heads = {name: load_head(p, of=arch)[0].eval() for name, p in head_paths.items()}
-    features = FeatureCache(cache, encoder, file_digest(path), Denoise(noise_sigma), arch.size_px, max_slices=6)
+    digest = file_digest(path)
+    heads = {name: load_head(p, of=arch, encoder_digest=digest)[0].eval() for name, p in head_paths.items()}
+    features = FeatureCache(cache, encoder, digest, Denoise(noise_sigma), arch.size_px, max_slices=6)
     cohort = open_cohort(data, tuple(contrast or ("T1w",)), features,
                          progress=lambda done, total: progress("patients read", done, total))  # fmt: skip
     return arch, heads, cohort

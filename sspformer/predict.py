@@ -83,7 +83,7 @@ def predict(
 def save_prediction(prediction: Prediction, source: Path, target: Path, description: dict[str, object]) -> None:
     """Write a prediction as a BIDS derivative: the image, and a JSON sidecar that says how it was made.
 
-    The image carries the source's affine and nothing else of its header. Both files appear whole or not at all.
+    The image carries the source's affine and nothing else of its header. A file that appears is whole.
 
     Args:
         prediction: what to write.
@@ -110,11 +110,15 @@ def save_prediction(prediction: Prediction, source: Path, target: Path, descript
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.to_filename(temporary)
-        write_file(_sidecar_path(target), (json.dumps(sidecar, indent=2) + "\n").encode())
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        # The image first: whatever ends this process in between, an image that is there is whole.
         os.replace(temporary, target)
+        write_file(_sidecar_path(target), (json.dumps(sidecar, indent=2) + "\n").encode())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
+        for path in (temporary, target):
+            with suppress(OSError):
+                path.unlink()
         raise Refused(
             Code.STATE, f"{target} cannot be written ({error.strerror}).", "check folder and space."
         ) from error

@@ -111,7 +111,7 @@ def traffic(summary: Summary) -> list[tuple[str, int, bool, str]]:
     count = len(summary.sites)
     stayed = sum(site.mri_bytes_stayed for site in summary.sites)
     return [
-        ("MRI that stayed", stayed, False, f"image files at {count} hospitals; never opened by anything that sends"),
+        ("MRI that stayed", stayed, False, f"image files at {count} hospitals; no message carries any of them"),
         ("encoder, received once", summary.encoder_bytes, False, "per hospital; verified by digest and signature"),
         ("head, received a round", summary.bytes_down_per_site_round, False, "per hospital and round"),
         (

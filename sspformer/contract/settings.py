@@ -39,13 +39,19 @@ def load_settings(path: Path, model: type[_Model]) -> _Model:
         first = error.errors()[0]
         line, key = _locate(root, first["loc"])
         raise _refused(path, line, f"key '{key}'" if key else "the file", _reason(first)) from None
-    except yaml.YAMLError:  # well formed, but a value that safe YAML does not make (a Python object, a bad date)
+    except (yaml.YAMLError, ValueError, TypeError):  # well formed, but no plain value: a Python object, a bad date
         raise _refused(path, 1, "the file", "holds a value that is not plain YAML") from None
 
 
 def _compose(path: Path, text: str) -> yaml.Node | None:
     try:
+        # Anchors have no place in settings: they make a few bytes stand for millions, or for themselves.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise _refused(path, event.start_mark.line + 1, f"'*{event.anchor}'", "is an alias; write it out")
         root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise _refused(path, 1, "the text", "is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise _refused(path, line, "the text", f"is not YAML ({error.problem})") from None
@@ -61,6 +67,8 @@ def _refuse_repeats(path: Path, node: yaml.Node) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused(path, key.start_mark.line + 1, "a key", "is not a plain word")
             if key.value in seen:
                 raise _refused(path, key.start_mark.line + 1, f"key '{key.value}'", "is given twice")
             seen.add(str(key.value))

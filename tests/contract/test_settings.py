@@ -53,6 +53,11 @@ WRONG = {
     "a list": ("- a\n", 1, "", "no keys"),
     "two documents": ("name: a\n---\nname: b\n", 2, "", "not YAML"),
     "a Python object": ("name: !!python/object/apply:os.system [ls]\nport: 1\n", 1, "", "plain YAML"),
+    "a bad date": ("name: 2020-99-99\nport: 1\n", 1, "", "plain YAML"),
+    "a list as key": ("? [x]\n: 1\n", 1, "a key", "plain word"),
+    "an alias": ("name: &a a\nport: *a\n", 2, "*a", "alias"),
+    "an alias of itself": ("name: &a [*a]\nport: 1\n", 1, "*a", "alias"),
+    "too deep": ("name: " + "[" * 5000 + "]" * 5000 + "\n", 1, "", "deeply"),
     "not text": (b"name: \xff\n", 1, "", "UTF-8"),
     "too large": ("name: " + "a" * (1 << 20) + "\nport: 1\n", 1, "", "larger"),
 }
