@@ -178,12 +178,14 @@ class Publication:
         for role, path in (("encoder", encoder), ("head", head)):
             digest, header = self._copy(path)
             artifacts.append(_describe(role, path, digest, header))
+        stated = header.metadata.get("encoder")  # of the head, the last one
         if artifacts[0].preset != artifacts[1].preset:
             raise Refused(
                 Code.FORMAT,
                 f"{encoder.name} is of preset {artifacts[0].preset} and {head.name} of {artifacts[1].preset}.",
                 "Publish an encoder and a head that were made together.",
             )
+        _check_pair(artifacts[0], artifacts[1], stated)
         sequence = self.manifest().sequence + 1 if self._federation.manifest_path.exists() else 1
         manifest = Manifest(federation=self._federation.config.name, sequence=sequence, artifacts=artifacts)
         write_file(self._federation.manifest_path, seal_manifest(manifest, self._federation.signing_key()))
@@ -251,6 +253,26 @@ def _describe(role: str, path: Path, digest: str, header: Header) -> Artifact:
         raise Refused(
             Code.FORMAT, f"{path.name} cannot be published: its {key} is not a plain label.", "Rename it."
         ) from None
+
+
+def _check_pair(encoder: Artifact, head: Artifact, stated: str | None) -> None:
+    """Refuse a head made for another encoder: hospitals would refuse it too, one by one.
+
+    Args:
+        encoder: what is to be published.
+        head: what is to be published with it.
+        stated: digest of the encoder file that the head's own metadata name; None where they name none, which is fine
+            for a model of another make only.
+    """
+    if stated is None and head.preset == "custom":
+        return
+    if stated != encoder.digest:
+        raise Refused(
+            Code.FORMAT,
+            f"{head.file_name} was made for {f'encoder {stated[:19]}…' if stated else 'an encoder it does not state'}, "
+            f"not for {encoder.file_name} ({encoder.digest[:19]}…).",
+            "Publish an encoder and a head that were made together.",
+        )
 
 
 def _preset(header: Header) -> str:

@@ -60,7 +60,7 @@ def finetune_alone(
         on_step=lambda done, loss: progress("training", done, total),
     )
     path = root / "heads" / "local.safetensors"
-    save_module(path, head.cpu(), workspace.arch, "head")
+    save_module(path, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest)
     lines = [f"{len(workspace.cohort.train)} patients, {total} steps: {path}"]
     if workspace.cohort.test:
         heads = {"warm": workspace.head_at({}), "local": head}
@@ -117,9 +117,10 @@ def apply_head(
     current = root / "heads" / "current.safetensors"
     chosen = head_path or (current if current.exists() else artifacts.head)
     encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
-    head, _ = load_head(chosen, of=arch)
+    encoder_digest = file_digest(artifacts.encoder)
+    head, _ = load_head(chosen, of=arch, encoder_digest=encoder_digest)
     result = predict(source, encoder, head.eval(), contrast, lambda done, total: progress("slices", done, total))
-    facts = {"Encoder": file_digest(artifacts.encoder), "Head": file_digest(chosen), "Task": "denoise"}
+    facts = {"Encoder": encoder_digest, "Head": file_digest(chosen), "Task": "denoise"}
     save_prediction(result, source, target, facts)
     lines = [f"{target}: {'x'.join(map(str, result.data.shape))}, on the grid of {source.name}"]
     if result.noise_sigma < 0.03:

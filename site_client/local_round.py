@@ -83,7 +83,7 @@ def finish(site: Site, plan: RunPlan, global_delta: Mapping[str, np.ndarray]) ->
     keep_history(site, workspace, plan, plan.rounds + 1, head)
     folder = site.folder / "heads"
     for name in (f"{plan.run}.safetensors", "current.safetensors"):
-        save_module(folder / name, head.cpu(), workspace.arch, "head")
+        save_module(folder / name, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest)
 
 
 def reserve_budget(site: Site, plan: RunPlan, round_number: int) -> Reservation | None:

@@ -59,10 +59,11 @@ class Site:
 
     def head_shapes(self, plan: RunPlan) -> Shapes:
         """Names and shapes of every tensor of the plan's published head."""
-        if plan.head not in self._shapes:
-            head, _ = load_head(self._artifact(plan.head), plan.head)
-            self._shapes[plan.head] = {name: tuple(p.shape) for name, p in head.named_parameters()}
-        return self._shapes[plan.head]
+        key = f"{plan.encoder} {plan.head}"
+        if key not in self._shapes:
+            head, _ = load_head(self._artifact(plan.head), plan.head, encoder_digest=plan.encoder)
+            self._shapes[key] = {name: tuple(p.shape) for name, p in head.named_parameters()}
+        return self._shapes[key]
 
     def prepare(self, plan: RunPlan) -> Workspace:
         """The plan's workspace; the first call reads the site's images and fills the feature cache.

@@ -35,6 +35,7 @@ class Workspace:
     """An opened cohort and the published head, with what its file says about its gradients on public data."""
 
     arch: Architecture
+    encoder_digest: str
     task: Denoise
     cohort: Cohort
     published: dict[str, torch.Tensor]
@@ -57,7 +58,7 @@ class Workspace:
         Raises:
             Refused: E-TENSORS where it was made for another encoder.
         """
-        head, _ = load_head(path, of=self.arch)
+        head, _ = load_head(path, of=self.arch, encoder_digest=self.encoder_digest)
         return head.to(self.device).eval()
 
 
@@ -83,10 +84,10 @@ def open_workspace(
             "set device: cpu, or install a GPU build of torch.",
         )
     encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
-    head, _ = load_head(artifacts.head, artifacts.head_digest, of=arch)
-    task = Denoise(noise_sigma)
     digest = artifacts.encoder_digest or file_digest(artifacts.encoder)
+    head, _ = load_head(artifacts.head, artifacts.head_digest, of=arch, encoder_digest=digest)
+    task = Denoise(noise_sigma)
     cache = FeatureCache(files.root / "cache", encoder.to(device), digest, task, arch.size_px, MAX_SLICES)
     cohort = open_cohort(files.data, contrasts, cache, progress=progress)
     published = {name: p.detach().clone().to(device) for name, p in head.named_parameters()}
-    return Workspace(arch, task, cohort, published, read_gradient_rms(artifacts.head), device)
+    return Workspace(arch, digest, task, cohort, published, read_gradient_rms(artifacts.head), device)

@@ -17,6 +17,9 @@ from sspformer.contract.errors import Code, Refused
 from sspformer.model.assembly import Architecture, Head, build_encoder
 from sspformer.model.encoder import Encoder
 
+ENCODER_KEY = "encoder"
+"""Metadata of a head: the digest of the encoder file that it was made for. `central publish` reads it too."""
+
 
 def file_digest(path: Path) -> str:
     """``sha256:<hex>`` of a file.
@@ -37,6 +40,7 @@ def save_module(
     role: str,
     half: bool = False,
     gradient_rms: dict[str, float] | None = None,
+    encoder_digest: str | None = None,
 ) -> str:
     """Write a module with its architecture, atomically; returns its digest.
 
@@ -47,11 +51,16 @@ def save_module(
         role: ``encoder`` or ``head``.
         half: store float16 (for a frozen encoder; features are float16 anyway).
         gradient_rms: see `sspformer.finetune.gradient_rms`; kept in the file's metadata.
+        encoder_digest: ``sha256:<hex>`` of the encoder file that a head was made for; every head states it.
     """
+    if (role == "head") != (encoder_digest is not None):
+        raise ValueError("a head, and nothing but a head, states the encoder that it was made for")
     tensors = {n: (p.detach().half() if half else p.detach()).cpu().contiguous() for n, p in module.named_parameters()}
     metadata = {"role": role, "architecture": json.dumps(asdict(arch), sort_keys=True)}
     if gradient_rms is not None:
         metadata["gradient_rms"] = json.dumps({name: float(f"{rms:.4g}") for name, rms in gradient_rms.items()})
+    if encoder_digest is not None:
+        metadata[ENCODER_KEY] = encoder_digest
     return save_tensors(path, tensors, metadata)
 
 
@@ -88,17 +97,39 @@ def load_encoder(path: Path, digest: str | None = None) -> tuple[Encoder, Archit
     Raises:
         Refused: E-DIGEST, E-FORMAT or E-TENSORS; nothing of the file is used then.
     """
-    tensors, arch = _load(path, digest, "encoder")
+    tensors, arch, _ = _load(path, digest, "encoder")
     encoder = build_encoder(arch)
     assign_exactly(encoder, tensors, str(path))
     return encoder.eval().requires_grad_(False), arch
 
 
-def load_head(path: Path, digest: str | None = None, of: Architecture | None = None) -> tuple[Head, Architecture]:
-    """The head of a file; raises as `load_encoder`, and E-TENSORS where the head is not `of` that architecture."""
-    tensors, arch = _load(path, digest, "head")
+def load_head(
+    path: Path, digest: str | None = None, of: Architecture | None = None, encoder_digest: str | None = None
+) -> tuple[Head, Architecture]:
+    """The head of a file.
+
+    Two encoders of one architecture give different features: a head works with the very encoder that it was made for.
+
+    Args:
+        path: a safetensors file written by `save_module`.
+        digest: what the file's digest must be, if known.
+        of: the encoder's architecture, if known.
+        encoder_digest: digest of the encoder file that the head is to work with, if known.
+
+    Raises:
+        Refused: as `load_encoder`; E-FORMAT where the file does not state its encoder; E-TENSORS where it is not a head
+            `of` that architecture, or states another encoder than `encoder_digest`.
+    """
+    tensors, arch, metadata = _load(path, digest, "head")
+    stated = metadata.get(ENCODER_KEY)
+    if stated is None:
+        raise Refused(Code.FORMAT, f"{path} does not state the encoder that it was made for.",
+                      "use a head written by this version.")  # fmt: skip
     if of is not None and arch != of:
         raise Refused(Code.TENSORS, f"{path} was made for another encoder ({arch.name}).", "use a matching head.")
+    if encoder_digest is not None and stated != encoder_digest:
+        raise Refused(Code.TENSORS, f"{path} was made for another encoder ({stated[:19]}…), not for "
+                      f"{encoder_digest[:19]}….", "use a matching head.")  # fmt: skip
     head = Head(arch)
     assign_exactly(head, tensors, str(path))
     return head, arch
@@ -143,7 +174,7 @@ def assign_exactly(module: nn.Module, tensors: dict[str, Tensor], where: str) ->
             parameter.copy_(tensors[name])
 
 
-def _load(path: Path, digest: str | None, role: str) -> tuple[dict[str, Tensor], Architecture]:
+def _load(path: Path, digest: str | None, role: str) -> tuple[dict[str, Tensor], Architecture, dict[str, str]]:
     actual = file_digest(path)
     if digest is not None and actual != digest:
         raise Refused(Code.DIGEST, f"{path} has digest {actual[:19]}…, expected {digest[:19]}….", "fetch it again.")
@@ -157,4 +188,4 @@ def _load(path: Path, digest: str | None, role: str) -> tuple[dict[str, Tensor],
                       "use a safetensors file written by `sspformer`.") from error  # fmt: skip
     if metadata.get("role") != role:
         raise Refused(Code.FORMAT, f"{path} holds a {metadata.get('role')!r}, not a {role!r}.", "swap the files.")
-    return tensors, arch
+    return tensors, arch, metadata

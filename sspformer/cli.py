@@ -189,9 +189,7 @@ def cohort(
 @app.command()
 def reference(
     path: Annotated[bool, typer.Option("--path", help="Print the folder of the packaged weights.")] = False,
-    make: Annotated[
-        Path | None, typer.Option(help="Make them anew into this folder (20 minutes or more).")
-    ] = None,
+    make: Annotated[Path | None, typer.Option(help="Make them anew into this folder (20 minutes or more).")] = None,
     work: Annotated[Path, typer.Option(help="Folder for data and resumable state.")] = Path("runs/reference"),
 ) -> None:
     """The packaged reference encoder and warm head: where they are, or make them."""

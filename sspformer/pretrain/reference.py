@@ -90,7 +90,8 @@ def make_reference(
     encoder_path.write_bytes(built.read_bytes())
     encoder, _ = load_encoder(encoder_path)
     task = Denoise(recipe.noise_sigma)
-    cache = FeatureCache(work / "cache", encoder, file_digest(encoder_path), task, arch.size_px, recipe.slices)
+    digest = file_digest(encoder_path)
+    cache = FeatureCache(work / "cache", encoder, digest, task, arch.size_px, recipe.slices)
     cohort = open_cohort(data, SUFFIXES, cache, progress=lambda done, total: say("features", done, total))
     torch.manual_seed(recipe.seed)
     head = Head(arch)
@@ -98,7 +99,8 @@ def make_reference(
           learning_rate=recipe.head_learning_rate, trainable="head", seed=recipe.seed,
           on_step=lambda step, loss: say(f"head loss {loss:.5f}", step, recipe.head_steps))  # fmt: skip
     head_path = target / "head-denoise.safetensors"
-    save_module(head_path, head, arch, "head", gradient_rms=gradient_rms(head, cohort, task))
+    sizes = gradient_rms(head, cohort, task)
+    save_module(head_path, head, arch, "head", gradient_rms=sizes, encoder_digest=digest)
     return encoder_path, head_path
 
 

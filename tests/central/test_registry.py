@@ -270,7 +270,8 @@ def test_publish_copies_by_digest_and_signs(federation, tmp_path):
 def test_publish_reads_the_preset_that_a_checkpoint_names(federation, tmp_path):
     tiny = {"architecture": json.dumps({"name": "tiny", "width": 192})}
     encoder = tensors_file(tmp_path / "e.safetensors", 400, tiny | {"role": "encoder"})
-    head = tensors_file(tmp_path / "h.safetensors", 400, tiny | {"role": "head", "task": "denoise"}, seed=1)
+    facts = tiny | {"role": "head", "task": "denoise", "encoder": digest_file(encoder)}
+    head = tensors_file(tmp_path / "h.safetensors", 400, facts, seed=1)
     publish_files(federation.root, encoder=encoder, head=head)
     manifest = Publication(federation).manifest()
     assert (manifest.encoder.preset, manifest.head.preset, manifest.head.task) == ("tiny", "tiny", "denoise")
@@ -279,6 +280,17 @@ def test_publish_reads_the_preset_that_a_checkpoint_names(federation, tmp_path):
     paper = tensors_file(tmp_path / "p.safetensors", 400, {"architecture": '{"name":"paper"}'})
     with pytest.raises(Refused, match="made together"):
         publish_files(federation.root, encoder=encoder, head=paper)
+
+
+def test_publish_refuses_a_head_made_for_another_encoder(federation, tmp_path):
+    tiny = {"architecture": '{"name":"tiny"}'}
+    encoder, other = (tensors_file(tmp_path / f"e{seed}", 400, tiny | {"role": "encoder"}, seed) for seed in (0, 1))
+    for number, stated in enumerate(({"encoder": digest_file(other)}, {}, {"encoder": ""})):
+        head = tensors_file(tmp_path / f"h{number}", 400, tiny | {"role": "head"} | stated, seed=2)
+        with pytest.raises(Refused, match="was made for") as refusal:
+            publish_files(federation.root, encoder=encoder, head=head)
+        assert refusal.value.code == Code.FORMAT
+    publish_files(federation.root, encoder=other, head=tmp_path / "h0")  # and its own encoder is accepted
 
 
 def test_publish_of_a_missing_file_is_one_refusal(federation, tmp_path):

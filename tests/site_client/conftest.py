@@ -59,8 +59,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
     torch.set_num_threads(1)
     torch.manual_seed(3)
-    save_module(folder / "encoder", build_encoder(MINI), MINI, "encoder", half=True)
-    save_module(folder / "head", Head(MINI), MINI, "head")
+    digest = save_module(folder / "encoder", build_encoder(MINI), MINI, "encoder", half=True)
+    save_module(folder / "head", Head(MINI), MINI, "head", encoder_digest=digest)
     return folder
 
 

@@ -68,7 +68,7 @@ def test_finetune_evaluate_apply(site_client, hospital, tmp_path):
     local = hospital.root / "heads" / "local.safetensors"
     assert "7 patients, 3 steps" in said
     assert "2 held-out patients" in said
-    head, arch = load_head(local)
+    head, arch = load_head(local, encoder_digest=hospital.encoder)
     assert arch == MINI
     assert any(p.detach().abs().max() > 0 for name, p in head.named_parameters() if name.startswith("tail.last"))
 
@@ -97,7 +97,9 @@ def test_apply_uses_the_current_head_where_there_is_one(site_client, hospital, t
     head_image(2, (120, 132, 1)).to_filename(source)
     site_client("apply", source, tmp_path / "a.nii.gz", "--site", hospital.root)
     assert json.loads((tmp_path / "a.json").read_text())["Head"] == hospital.head
-    current = save_module(hospital.root / "heads" / "current.safetensors", Head(MINI), MINI, "head")
+    current = save_module(
+        hospital.root / "heads" / "current.safetensors", Head(MINI), MINI, "head", encoder_digest=hospital.encoder
+    )
     site_client("apply", source, tmp_path / "b.nii.gz", "--site", hospital.root)
     assert json.loads((tmp_path / "b.json").read_text())["Head"] == current
 
@@ -126,6 +128,13 @@ def test_refusals(site_client, hospital, tmp_path):
     assert "E-CONFIG" in site_client("evaluate", hospital.root, "--heads", "local", status=2)
     assert "E-STATE" in site_client("evaluate", hospital.root, "--heads", f"x={tmp_path / 'gone'}", status=2)
     assert "E-TENSORS" in site_client("evaluate", hospital.root, "--heads", f"x={HEAD}", status=2)
+    other = tmp_path / "other"
+    save_module(other, Head(MINI), MINI, "head", encoder_digest="sha256:" + 64 * "f")
+    assert "E-TENSORS" in site_client("evaluate", hospital.root, "--heads", f"x={other}", status=2)
+    source = tmp_path / "sub-02_T1w.nii.gz"
+    head_image(2, (120, 132, 1)).to_filename(source)
+    refused = ("apply", source, tmp_path / "o.nii.gz", "--site", hospital.root, "--head", other)
+    assert "E-TENSORS" in site_client(*refused, status=2)
     scan = tmp_path / "sub-01_T1w.nii.gz"
     scan.write_bytes(b"")
     assert "E-DATA" in site_client("apply", scan, tmp_path / "o.nii", "--site", hospital.root, status=2)

@@ -301,7 +301,7 @@ def test_finish_keeps_the_final_head(make_hospital):
     site, plan = hospital.open(), hospital.plan()
     update = local_round(site, plan, 1, {}).update
     finish(site, plan, update)
-    current, arch = load_head(hospital.root / "heads" / "current.safetensors")
+    current, arch = load_head(hospital.root / "heads" / "current.safetensors", encoder_digest=hospital.encoder)
     assert arch == MINI
     expected = dict(site.prepare(plan).head_at(update).named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in current.named_parameters())

@@ -15,6 +15,8 @@ from sspformer.contract.errors import Code, Refused
 from sspformer.model.assembly import Head, build_encoder
 from tests.phantom import MINI
 
+ENCODER = "sha256:" + 64 * "e"
+
 
 @pytest.fixture(scope="module")
 def head() -> Head:
@@ -24,7 +26,7 @@ def head() -> Head:
 
 @pytest.fixture
 def path(tmp_path, head):
-    save_module(tmp_path / "head.safetensors", head, MINI, "head")
+    save_module(tmp_path / "head.safetensors", head, MINI, "head", encoder_digest=ENCODER)
     return tmp_path / "head.safetensors"
 
 
@@ -39,7 +41,7 @@ def code(path, loader=load_head, **expected) -> Code:
 def tampered(path, change) -> None:
     tensors = safetensors.torch.load(path.read_bytes())
     change(tensors)
-    metadata = {"role": "head", "architecture": json.dumps(asdict(MINI))}
+    metadata = {"role": "head", "architecture": json.dumps(asdict(MINI)), "encoder": ENCODER}
     path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
 
 
@@ -64,20 +66,22 @@ def test_an_encoder_in_half_precision_comes_back_frozen_and_in_float32(tmp_path)
 
 
 def test_equal_heads_have_equal_bytes(tmp_path, head):
-    digests = {save_module(tmp_path / f"{i}.safetensors", head, MINI, "head") for i in range(12)}
+    digests = {
+        save_module(tmp_path / f"{i}.safetensors", head, MINI, "head", encoder_digest=ENCODER) for i in range(12)
+    }
     assert len(digests) == 1
     assert digests == {file_digest(tmp_path / "3.safetensors")}
 
 
 def test_saving_leaves_one_whole_file(tmp_path, head):
-    save_module(tmp_path / "deep" / "er" / "head.safetensors", head, MINI, "head")
+    save_module(tmp_path / "deep" / "er" / "head.safetensors", head, MINI, "head", encoder_digest=ENCODER)
     assert [p.name for p in (tmp_path / "deep" / "er").iterdir()] == ["head.safetensors"]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path, head):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused) as caught:
-        save_module(tmp_path / "file" / "head.safetensors", head, MINI, "head")
+        save_module(tmp_path / "file" / "head.safetensors", head, MINI, "head", encoder_digest=ENCODER)
     assert caught.value.code is Code.STATE
 
 
@@ -136,6 +140,24 @@ def test_roles_are_not_mixed_up(tmp_path, path):
 
 def test_a_head_for_another_encoder_is_refused(path):
     assert code(path, of=replace(MINI, name="other")) is Code.TENSORS
+
+
+def test_a_head_of_another_encoder_of_the_same_architecture_is_refused(path):
+    load_head(path, of=MINI, encoder_digest=ENCODER)
+    assert code(path, of=MINI, encoder_digest="sha256:" + 64 * "f") is Code.TENSORS
+    load_head(path, of=MINI)  # the mutant: by architecture alone nobody would have seen it
+
+
+def test_a_head_that_states_no_encoder_is_refused(tmp_path, path, head):
+    tensors = safetensors.torch.load(path.read_bytes())
+    metadata = {"role": "head", "architecture": json.dumps(asdict(MINI))}
+    save_tensors(tmp_path / "bare.safetensors", tensors, metadata)
+    assert code(tmp_path / "bare.safetensors") is Code.FORMAT
+    assert code(tmp_path / "bare.safetensors", encoder_digest=ENCODER) is Code.FORMAT
+    save_tensors(tmp_path / "bare.safetensors", tensors, metadata | {"encoder": ENCODER})
+    load_head(tmp_path / "bare.safetensors", encoder_digest=ENCODER)  # that it did not say was all that was wrong
+    with pytest.raises(ValueError, match="encoder"):
+        save_module(tmp_path / "none.safetensors", head, MINI, "head")
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sspformer.checkpoint import file_digest, load_encoder, load_head, save_module
+from sspformer.checkpoint import file_digest, load_encoder, load_head, read_gradient_rms, save_module
 from sspformer.cli import main
 from sspformer.model.assembly import Head, build_encoder
 from sspformer.reference import ENCODER, FOLDER, HEAD
@@ -25,8 +25,8 @@ def small(tmp_path_factory):
     """A folder with an encoder, a head, a dataset of four patients and one scan."""
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
-    save_module(folder / "encoder", build_encoder(MINI), MINI, "encoder")
-    save_module(folder / "head", Head(MINI), MINI, "head")
+    digest = save_module(folder / "encoder", build_encoder(MINI), MINI, "encoder")
+    save_module(folder / "head", Head(MINI), MINI, "head", encoder_digest=digest)
     write_dataset(folder / "data", 4)
     head_image(1, (120, 132, 2), "PIR").to_filename(folder / "sub-01_T1w.nii.gz")
     return folder
@@ -63,7 +63,7 @@ def test_finetune_then_evaluate_then_predict(sspformer, small, tmp_path):
     said = sspformer("finetune", data, "--out", out, *pair, "--head", small / "head", "--steps", "3", "--batch", "1")
     assert "3 patients, 3 steps" in said
     assert file_digest(out) in said
-    load_head(out, of=MINI)
+    load_head(out, of=MINI, encoder_digest=file_digest(small / "encoder"))
     scored = sspformer("evaluate", data, *pair, "--heads", f"tuned={out}")
     lines = {line.split()[0]: line for line in scored.splitlines()[1:]}
     assert set(lines) == {"input", "nlm", "tuned"}
@@ -103,6 +103,21 @@ def test_predict_with_the_packaged_weights(sspformer, small, tmp_path):
     assert not np.allclose(written, source)
 
 
+def test_a_head_of_another_encoder_is_refused_everywhere(sspformer, small, tmp_path):
+    """Same architecture, other weights: the features would be other ones, and nothing else would notice."""
+    torch.manual_seed(7)
+    other = tmp_path / "encoder"
+    save_module(other, build_encoder(MINI), MINI, "encoder")
+    pair = ("--encoder", other)
+    cached = (*pair, "--cache", tmp_path / "cache")
+    for command in (
+        ("predict", small / "sub-01_T1w.nii.gz", tmp_path / "o.nii.gz", *pair, "--head", small / "head"),
+        ("finetune", small / "data", "--out", tmp_path / "h", *cached, "--head", small / "head"),
+        ("evaluate", small / "data", *cached, "--heads", f"x={small / 'head'}"),
+    ):
+        assert "E-TENSORS" in sspformer(*command, status=2), command
+
+
 def test_pretrain_and_resume(sspformer, tmp_path):
     data = write_dataset(tmp_path / "data", 2)
     command = ("pretrain", data, "--out", tmp_path / "out", "--steps", "1", "--batch", "1")
@@ -122,7 +137,8 @@ def test_reference(sspformer):
     assert Path(sspformer("reference", "--path").strip()) == FOLDER
     assert (ENCODER.stat().st_size + HEAD.stat().st_size) <= 8_000_000
     _, arch = load_encoder(ENCODER)
-    load_head(HEAD, of=arch)
+    load_head(HEAD, of=arch, encoder_digest=file_digest(ENCODER))
+    assert read_gradient_rms(HEAD)
 
 
 def test_reference_says_what_it_is(sspformer):
