@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from central.report import charts
 from central.report.summary import METHODS, SiteResult, Summary
-from sspformer.contract.durable import write_file
+from sspformer.contract.durable import write_secret
 
 #: What the slices of one hospital are called in its pictures file, in the order of the page.
 PICTURES: tuple[tuple[str, str], ...] = (
@@ -35,7 +35,8 @@ def write_report(summary: Summary, pictures: Pictures, path: Path) -> None:
         pictures: per site, slices_HW in [0, 1] by the keys of `PICTURES`; a missing one is left out.
         path: where the page goes.
     """
-    write_file(path, render(summary, pictures).encode())
+    # For its owner alone: on real data the page shows patients' slices.
+    write_secret(path, render(summary, pictures).encode())
 
 
 def render(summary: Summary, pictures: Pictures) -> str:

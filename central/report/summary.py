@@ -161,6 +161,11 @@ def warnings_for(summary: Summary) -> list[str]:
             "re-contrasted differently at each hospital. The run shows that the system works, not how well it would "
             "do on a clinic's patients."
         )
+    if summary.data == "given":
+        lines.append(
+            "This page shows slices and scores of real patients. They were read from the hospitals' folders because all "
+            "of them are on this machine; in a federation they stay at each hospital. Do not pass the page on."
+        )
     if min(site.patients_test for site in summary.sites) < 5:
         lines.append("Some hospitals hold out fewer than five patients: differences below 0.1 dB mean nothing here.")
     return lines

@@ -133,11 +133,20 @@ def test_small_cohorts_are_warned_about(patients: int, words: str | None) -> Non
 
 
 def test_no_dp_no_warning_about_it() -> None:
-    assert warnings_for(summary(site("a", 8), site("b", 8), site("c", 8), dp=None)) == []
+    lines = warnings_for(summary(site("a", 8), site("b", 8), site("c", 8), dp=None))
+    assert not any("differential privacy" in line for line in lines)
 
 
 def test_two_hospitals_are_warned() -> None:
     assert "fewer than three hospitals" in " ".join(warnings_for(summary(site("a"), site("b"))))
+
+
+def test_a_page_with_real_patients_says_so_and_is_for_its_owner(tmp_path: Path) -> None:
+    assert "real patients" in " ".join(warnings_for(summary(data="given")))
+    assert "real patients" not in " ".join(warnings_for(summary(data="warped")))
+    path = tmp_path / "report.html"
+    write_report(summary(), {}, path)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_warped_patients_are_named_as_such() -> None:
