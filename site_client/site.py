@@ -69,13 +69,15 @@ class Site:
         """The plan's workspace; the first call reads the site's images and fills the feature cache.
 
         The listing is compared each time, so that a subject who opted out between two rounds is gone in the next, and a
-        scan that was added or replaced is read.
+        scan that was added or replaced is read. A cache entry that somebody removed is made again now, before
+        a private round is charged, and not found missing in the middle of it.
 
         Raises:
             Refused: E-DATA, E-DIGEST, E-FORMAT or E-TENSORS.
         """
         key = repr((plan.encoder, plan.head, plan.contrasts, plan.noise_sigma, self._listing(plan)))
-        if key not in self._workspaces:
+        warm = self._workspaces.get(key)
+        if warm is None or not warm.cohort.is_whole():
             artifacts = Artifacts(self._artifact(plan.encoder), self._artifact(plan.head), plan.encoder, plan.head)
             self._workspaces = {key: open_workspace(self.files, artifacts, plan.contrasts, plan.noise_sigma)}
         return self._workspaces[key]

@@ -81,6 +81,15 @@ def read_dataset(folder: Path, contrasts: tuple[str, ...]) -> Dataset:
     return Dataset(folder, subjects, skipped)
 
 
+def subjects_in(folder: Path) -> set[str]:
+    """Everybody who has a folder in the dataset and has not opted out, whatever scans they have.
+
+    Raises:
+        Refused: E-DATA where the folder or its table of participants cannot be read.
+    """
+    return {root.name for root in _subject_folders(folder)} - read_opt_outs(folder)
+
+
 def contrasts_in(folder: Path) -> dict[str, int]:
     """Number of subjects that have each contrast."""
     counts: dict[str, int] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sspformer.contract.errors import Code, Refused
-from sspformer.data.bids import Skipped, read_dataset, read_opt_outs
+from sspformer.data.bids import Skipped, read_dataset, read_opt_outs, subjects_in
 from sspformer.data.cache import Entry, Example, FeatureCache
 from sspformer.data.split import split
 
@@ -35,6 +35,10 @@ class Cohort:
     def examples(self, subject: str) -> list[Example]:
         """All slices of one patient, read from the cache."""
         return [self.cache.load(entry) for entry in self.entries[subject]]
+
+    def is_whole(self) -> bool:
+        """Whether every entry is still on the disk: somebody may have emptied the cache meanwhile."""
+        return all(entry.path.exists() for entries in self.entries.values() for entry in entries)
 
     def slice_count(self, subject: str) -> int:
         """Slices of one patient, over all scans and noise variants."""
@@ -72,7 +76,8 @@ def open_cohort(
     if folder.is_dir():
         cache.forget(read_opt_outs(folder))  # before anything can refuse: an opt-out counts in any case
     dataset = read_dataset(folder, contrasts)
-    cache.keep_only(set(dataset.subjects))
+    # Somebody without the contrast of this run is still a patient here, and may be in another run's warm cohort.
+    cache.keep_only(subjects_in(folder))
     train, test = split(dataset.subjects)
     cohort = Cohort(cache, train, test, {}, list(dataset.skipped))
     held_out = set(test)

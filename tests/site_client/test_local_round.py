@@ -250,6 +250,23 @@ def test_a_patient_who_opts_out_between_two_rounds_is_gone(make_hospital):
     assert victim not in site.prepare(plan).cohort.entries
 
 
+def test_a_cache_that_was_emptied_is_filled_again_before_the_round_is_charged(make_hospital, monkeypatch):
+    hospital = make_hospital()
+    site, plan = hospital.open(), hospital.private_plan(sample_rate=0.5, steps=4)
+    local_round(site, plan, 1, {})
+    shutil.rmtree(hospital.root / "cache")
+    whole: list[bool] = []
+    real = Reservation.start
+    monkeypatch.setattr(
+        Reservation,
+        "start",
+        lambda own: whole.append(site._workspaces[next(iter(site._workspaces))].cohort.is_whole()) or real(own),
+    )
+    local_round(site, plan, 2, {})
+    assert whole == [True]
+    assert kinds(hospital) == ["RESERVED", "STARTED", "SPENT"] * 2
+
+
 def test_broken_scans_leave_fewer_patients_than_the_plan_needs(make_hospital):
     """The listing was enough, the images are not: refused before the budget is touched for good."""
     hospital = make_hospital(min_patients=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +137,26 @@ def test_the_awkward_folder_as_a_hospital(tmp_path, shared_data, make_cache):
         example = cohort.cache.load(entries[0])
         assert np.isfinite(example.features.float().numpy()).all()
         assert example.inside.any()
+
+
+def test_a_run_on_another_contrast_takes_nobody_out_of_the_cache(tmp_path, make_cache):
+    """Half of the patients have no T2w; a cohort on T2w must not empty the warm T1w cohort under somebody's feet."""
+    folder = write_dataset(tmp_path / "data", 6)
+    for i in range(3):
+        write_scan(folder, f"sub-{i:02d}", suffix="T2w", seed=50 + i)
+    warm = open_cohort(folder, ("T1w",), make_cache())
+    open_cohort(folder, ("T2w",), make_cache())
+    assert warm.is_whole()
+    assert all(warm.examples(subject) for subject in warm.entries)
+    write_participants(folder, {"sub-05": "yes"})  # who has no T2w either: the opt-out counts all the same
+    open_cohort(folder, ("T2w",), make_cache())
+    assert not any(entry.path.exists() for entry in warm.entries["sub-05"])
+    assert not warm.is_whole()
+
+
+def test_a_patient_who_is_gone_from_the_folder_is_gone_from_the_cache(tmp_path, make_cache):
+    folder = write_dataset(tmp_path / "data", 5)
+    warm = open_cohort(folder, ("T1w",), make_cache())
+    shutil.rmtree(folder / "sub-03")
+    open_cohort(folder, ("T1w",), make_cache())
+    assert not any(entry.path.exists() for entry in warm.entries["sub-03"])
