@@ -5,7 +5,8 @@ The program is Flower's own `flower-supernode`. Only its client of the Fleet API
 * waits for a message by looking every 0.25 s, where the SuperNode would sleep 3 s after every empty look;
 * waits for tensors that are still on their way, where it would sleep 1 s;
 * reports a run time of zero, because the run time of a private round tells how many patients were drawn;
-* takes its node back at once after a crash, where the SuperLink would call it "still online" for a minute.
+* takes its node back at once after a crash, where the SuperLink would call it "still online" for a minute;
+* follows no redirect: Flower's would send a whole reply again to whatever address an answer names, over plain HTTP too.
 
     python -m site_client.supernode NODE_FILE --superlink HOST:PORT ...   (all further arguments are flower-supernode's)
 """
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 from flwr.proto.fleet_pb2 import (
@@ -51,6 +53,10 @@ class PromptFleetClient(FleetHttpClient):
     _last_message = 0.0
     # Flower pulls with many threads. Only one of them asks on, or a busy SuperLink gets nothing else done.
     _waiting = threading.Lock()
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._client.follow_redirects = False  # a redirect then is an HTTP error like any other
 
     def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:  # noqa: N802
         """Activate the node; when it still counts as online since a crash, sign it off first."""
