@@ -28,6 +28,9 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 STEADY_S = 60.0  # a child that lived this long starts again with the first pause
 _TICK_S = 0.2
+_EVERY_S = 1.0
+# What a machine may do to us at any time: a full disk, a slow program, a damaged file. None of it ends a supervisor.
+_PASSING = (Refused, OSError, subprocess.SubprocessError)
 _REFUSAL = re.compile(r"(E-[A-Z]+): (.*) Next: (.*)")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -73,7 +76,8 @@ class Supervisor:
     Args:
         logs: folder of the children's logs (0700).
         say: where one line per event goes.
-        every: called about once a second while all is quiet, for housekeeping.
+        every: called about once a second while all is quiet, for housekeeping. When it fails, one line is said and it
+            is called again after a pause that grows from failure to failure.
     """
 
     logs: Path
@@ -81,6 +85,8 @@ class Supervisor:
     every: Callable[[], None] | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _every_due: float = 0.0
+    _every_pause_s: float = FIRST_PAUSE_S
 
     def start(self, child: Child) -> None:
         """Start a child and wait until it is ready.
@@ -88,7 +94,14 @@ class Supervisor:
         Raises:
             Refused: what the child itself refused with; E-STATE, it ended or did not come up for another reason.
         """
-        running = _Running(child, self._launch(child), time.monotonic())
+        try:
+            running = _Running(child, self._launch(child), time.monotonic())
+        except (OSError, subprocess.SubprocessError) as error:
+            raise Refused(
+                Code.STATE,
+                f"{child.name} cannot be started ({_reason(error)}).",
+                "Check the installation and the disk.",
+            ) from None
         self._running[child.name] = running
         is_ready = child.ready is None or child.ready(lambda: running.process.poll() is None)
         if running.process.poll() is not None:
@@ -100,16 +113,27 @@ class Supervisor:
         """Watch the children until SIGTERM, SIGINT or `stop`, then end them all, last started first."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            housekeeping = time.monotonic()
             while not self._stop.wait(_TICK_S):
                 self._tend()
-                if self.every is not None and time.monotonic() - housekeeping >= 1.0:
-                    self.every()
-                    housekeeping = time.monotonic()
+                self.keep_house()
         finally:
             self.end()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def keep_house(self) -> None:
+        """Call `every` if it is due."""
+        if self.every is None or time.monotonic() < self._every_due:
+            return
+        try:
+            self.every()
+        except _PASSING as error:
+            pause_s = self._every_pause_s
+            self.say(f"{_reason(error)} Trying again in {pause_s:.0f} s.")
+            self._every_pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+        else:
+            pause_s, self._every_pause_s = _EVERY_S, FIRST_PAUSE_S
+        self._every_due = time.monotonic() + pause_s
 
     def stop(self) -> None:
         """Ask `run` to come to its end."""
@@ -135,7 +159,17 @@ class Supervisor:
                         _end(companion.process)
                         self._mark_dead(companion, now)
             elif running.due is not None and now >= running.due:
-                running.process, running.started, running.due = self._launch(running.child), now, None
+                self._restart(running, now)
+
+    def _restart(self, running: _Running, now: float) -> None:
+        try:
+            running.process, running.started, running.due = self._launch(running.child), now, None
+        except _PASSING as error:
+            running.due = now + running.pause_s
+            self.say(
+                f"{running.child.name} cannot be started: {_reason(error)} Trying again in {running.pause_s:.0f} s."
+            )
+            running.pause_s = min(LONGEST_PAUSE_S, 2 * running.pause_s)
 
     def _mark_dead(self, running: _Running, now: float) -> None:
         if now - running.started >= STEADY_S:
@@ -250,6 +284,15 @@ def quiet_environment(**extra: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
     return kept | {"PATH": path} | quiet | extra
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line. A subprocess's command line is left out: it says nothing to the reader."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"A program took longer than {error.timeout:.0f} s."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'The system'}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sspformer.contract import supervise
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.supervise import (
     Child,
@@ -176,3 +177,81 @@ def test_flowers_programs_get_no_proxy_and_phone_nobody(monkeypatch: pytest.Monk
     assert not [name for name in environment if name.lower().endswith("_proxy")]
     assert (environment["FLWR_TELEMETRY_ENABLED"], environment["FLWR_DISABLE_UPDATE_CHECK"]) == ("0", "1")
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
+
+
+def housekeeping(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """Run a supervisor whose housekeeping fails at first; give how often it was called and what was said."""
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.2)
+    calls: list[float] = []
+    lines: list[str] = []
+
+    def every() -> None:
+        calls.append(time.monotonic())
+        if len(calls) <= 2:
+            raise error
+        owner.stop()
+
+    owner = Supervisor(folder / "logs", say=lines.append, every=every, _every_pause_s=0.2)
+    owner.start(child(folder, "one"))
+    owner.run()
+    return len(calls), lines
+
+
+PASSING = [
+    Refused(Code.STATE, "sites.json is damaged.", "Restore it."),
+    OSError(28, "No space left on device"),
+    subprocess.TimeoutExpired(["flwr", "supernode"], 15.0),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=["refused", "disk", "timeout"])
+def test_housekeeping_that_fails_is_said_in_one_line_and_tried_again(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, lines = housekeeping(tmp_path, error, monkeypatch)
+    assert count == 3
+    assert len(lines) == 2
+    assert all("Trying again in" in line and "\n" not in line for line in lines)
+    assert living(tmp_path) == []
+
+
+def test_mutant_that_lets_housekeeping_fail_ends_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "_PASSING", ())
+    with pytest.raises(OSError, match="No space"):
+        housekeeping(tmp_path, PASSING[1], monkeypatch)
+
+
+def test_a_child_that_cannot_be_started_again_is_tried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    owner = Supervisor(tmp_path / "logs", say=lines.append)
+    owner.start(child(tmp_path, "one"))
+    launch, failures = owner._launch, [OSError(12, "Cannot allocate memory"), subprocess.SubprocessError("preexec")]
+
+    def fail_twice(which: Child) -> subprocess.Popen[bytes]:
+        if failures:
+            raise failures.pop(0)
+        return launch(which)
+
+    monkeypatch.setattr(owner, "_launch", fail_twice)
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.1)
+    owner._running["one"].pause_s = 0.1
+    os.kill(starts(tmp_path, "one")[0], signal.SIGKILL)
+
+    def stop_when_back() -> None:
+        eventually(lambda: len(starts(tmp_path, "one")) == 2)
+        owner.stop()
+
+    watcher = threading.Thread(target=stop_when_back)
+    watcher.start()
+    owner.run()
+    watcher.join()
+    assert [line for line in lines if "cannot be started" in line and "Trying again" in line] == lines[1:]
+    assert len(lines) == 3
+
+
+def test_a_program_that_is_not_there_is_one_refusal(tmp_path: Path, supervisor: Supervisor) -> None:
+    with pytest.raises(Refused, match="cannot be started") as refusal:
+        supervisor.start(child(tmp_path, "none", command=[str(tmp_path / "no-such-program")]))
+    assert refusal.value.code is Code.STATE
