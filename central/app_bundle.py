@@ -38,7 +38,7 @@ def prepare_flower_home(federation: Federation) -> None:
     make_private_folder(federation.root / "flwr")
     connection = (
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-        f'address = "localhost:{federation.config.superlink_port}"\n'
+        f'address = "{federation.config.superlink_address}:{federation.config.superlink_port}"\n'
         f'root-certificates = "{federation.ca_certificate_path}"\n'
     )
     write_file(federation.root / "flwr" / "config.toml", connection.encode())

@@ -70,15 +70,14 @@ class Authority:
         write_secret(key_path, key_pem(self._key))
         write_file(certificate_path, certificate_pem(self.certificate))
 
-    def issue_server(self, public: ec.EllipticCurvePublicKey, host: str, federation: str) -> x509.Certificate:
-        """Issue the coordinator's certificate, valid for its host and for loopback."""
-        names: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        try:
-            own: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
-        except ValueError:
-            own = x509.DNSName(host)
-        if own not in names:
-            names.append(own)
+    def issue_server(
+        self, public: ec.EllipticCurvePublicKey, host: str, federation: str, *more: str
+    ) -> x509.Certificate:
+        """Issue the coordinator's certificate, valid for its host, for loopback and for `more` names or addresses."""
+        names: list[x509.GeneralName] = []
+        for name in map(general_name, ("localhost", "127.0.0.1", host, *more)):
+            if name not in names:
+                names.append(name)
         builder = self._leaf(_name(host[:64], "coordinator", federation), public, SERVER_DAYS)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -97,6 +96,14 @@ class Authority:
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         own = self._key.public_key()
         return builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(own), critical=False)
+
+
+def general_name(host: str) -> x509.GeneralName:
+    """Return a DNS name or an IP address as a certificate holds it."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def request_public_key(pem: str) -> ec.EllipticCurvePublicKey:

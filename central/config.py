@@ -14,6 +14,12 @@ from sspformer.contract.joining import Host, Port
 from sspformer.contract.manifest import FederationName
 from sspformer.contract.settings import load_settings
 
+_SUPERLINK_COMMENT = """\
+# Where the SuperLink listens. Anyone who reaches that port can run code on this machine: a submitted run brings its own
+# server app. Sites on other machines need another address than 127.0.0.1 here; then firewall superlink_port so that
+# only the machines of the sites' SuperNodes reach it.
+"""
+
 
 class CentralConfig(BaseModel):
     """What the operator of the coordinator may set."""
@@ -22,15 +28,26 @@ class CentralConfig(BaseModel):
 
     name: FederationName
     host: Host = Field(description="DNS name or IP address at which hospitals reach this machine")
-    bind: Host = Field(description="address that this machine listens on")
+    bind: Host = Field(description="address that the gateway listens on")
     gateway_port: Port
     superlink_port: Port
+    superlink_bind: Host = Field("127.0.0.1", description="address that the SuperLink listens on")
 
     @model_validator(mode="after")
     def _two_ports(self) -> CentralConfig:
         if self.gateway_port == self.superlink_port:
             raise ValueError("gateway_port and superlink_port must differ")
         return self
+
+    @property
+    def gateway_address(self) -> str:
+        """Where programs on this machine reach the gateway."""
+        return _reached_at(self.bind)
+
+    @property
+    def superlink_address(self) -> str:
+        """Where programs on this machine reach the SuperLink; the server's certificate must hold it."""
+        return _reached_at(self.superlink_bind)
 
     @classmethod
     def load(cls, path: Path) -> CentralConfig:
@@ -43,7 +60,10 @@ class CentralConfig(BaseModel):
 
     @classmethod
     def make(cls, *, name: str, host: str, gateway_port: int, superlink_port: int) -> CentralConfig:
-        """Make a configuration from command-line options. A loopback host listens on loopback only.
+        """Make a configuration from command-line options. The gateway of a loopback host listens on loopback only.
+
+        The SuperLink always starts on loopback: whoever reaches it can run code here, so opening it is a decision
+        that no command takes for the operator.
 
         Raises:
             Refused: E-CONFIG naming the option.
@@ -58,7 +78,15 @@ class CentralConfig(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write `central.yaml`."""
-        write_file(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
+        settings = self.model_dump(mode="json")
+        last = {"superlink_bind": settings.pop("superlink_bind")}
+        text = yaml.safe_dump(settings, sort_keys=False) + _SUPERLINK_COMMENT + yaml.safe_dump(last)
+        write_file(path, text.encode())
+
+
+def _reached_at(bind: str) -> str:
+    """Return an address that leads to a socket bound to `bind`."""
+    return "127.0.0.1" if bind == "0.0.0.0" else bind  # noqa: S104
 
 
 def is_loopback(host: str) -> bool:

@@ -6,11 +6,12 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from central.authority import Authority, certificate_pem, key_pem
-from central.config import CentralConfig
+from central.authority import Authority, certificate_pem, general_name, key_pem
+from central.config import CentralConfig, is_loopback
 from sspformer.contract.durable import make_private_folder, write_file, write_secret
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.keys import fingerprint, load_private, save_private
@@ -98,6 +99,33 @@ class Federation:
         """
         return Authority.load(self.ca_key_path, self.ca_certificate_path)
 
+    def cover_addresses(self) -> None:
+        """Issue the server's certificate again when `central.yaml` names an address that it does not hold.
+
+        Raises:
+            Refused: E-STATE when a key or certificate is missing or damaged.
+        """
+        wanted = [self.config.host, self.config.superlink_address, self.config.gateway_address]
+        try:
+            old = x509.load_pem_x509_certificate(self.server_certificate_path.read_bytes())
+            held = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            public = old.public_key()
+        except (OSError, ValueError, x509.ExtensionNotFound):
+            raise self._no_server_certificate() from None
+        if all(general_name(address) in held for address in wanted):
+            return
+        if not isinstance(public, ec.EllipticCurvePublicKey):
+            raise self._no_server_certificate()
+        new = self.authority().issue_server(public, self.config.host, self.config.name, *wanted)
+        write_file(self.server_certificate_path, certificate_pem(new))
+
+    def _no_server_certificate(self) -> Refused:
+        return Refused(
+            Code.STATE,
+            f"{self.server_certificate_path} is missing or damaged.",
+            "Restore it from the backup of this folder.",
+        )
+
 
 def create(root: Path, *, name: str, host: str, gateway_port: int, superlink_port: int) -> list[str]:
     """Make a coordinator's folder with all its keys; `central.yaml` is written last and marks it whole.
@@ -133,8 +161,10 @@ def create(root: Path, *, name: str, host: str, gateway_port: int, superlink_por
     write_file(federation.server_certificate_path, certificate_pem(certificate))
     write_secret(federation.superexec_secret_path, secrets.token_hex(32).encode())
     config.save(root / "central.yaml")
-    return [
+    lines = [
         f"Made the coordinator of {name} in {root}.",
         f"Fingerprint of its key, to read out to each hospital: {fingerprint(signing.public_key())}",
-        "Next: central publish, then central admit for each hospital's request.",
     ]
+    if not is_loopback(host):
+        lines.append(f"The SuperLink listens on this machine only; read on superlink_bind in {root / 'central.yaml'}.")
+    return [*lines, "Next: central publish, then central admit for each hospital's request."]

@@ -210,14 +210,15 @@ def _size(count: int) -> str:
 
 
 def _check_served(federation: Federation) -> None:
-    with socket.socket() as probe:
-        probe.settimeout(2.0)
-        if probe.connect_ex(("127.0.0.1", federation.config.superlink_port)) != 0:
-            raise Refused(
-                Code.GATEWAY,
-                f"The coordinator in {federation.root} is not being served.",
-                f"Run in another terminal: central serve {federation.root}",
-            )
+    config = federation.config
+    try:
+        socket.create_connection((config.superlink_address, config.superlink_port), timeout=2.0).close()
+    except OSError:
+        raise Refused(
+            Code.GATEWAY,
+            f"The coordinator in {federation.root} is not being served.",
+            f"Run in another terminal: central serve {federation.root}",
+        ) from None
 
 
 def _run_id(said: str) -> str | None:
