@@ -163,7 +163,7 @@ def warnings_for(summary: Summary) -> list[str]:
         )
     if summary.data == "given":
         lines.append(
-            "This page shows slices and scores of real patients. They were read from the hospitals' folders because all "
+            "This page shows slices and scores of real patients, read from the hospitals' folders because all "
             "of them are on this machine; in a federation they stay at each hospital. Do not pass the page on."
         )
     if min(site.patients_test for site in summary.sites) < 5:
