@@ -7,10 +7,12 @@ environment of the SuperExec, so that no path of this machine travels to a site.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -27,6 +29,7 @@ from sspformer.contract.task import open_plan
 from sspformer.contract.tensors import DTYPE, STYPE
 
 _UPDATE, _CONFIG, _METRICS = "update", "config", "metrics"
+_log = logging.getLogger(__name__)
 
 app = ServerApp()
 
@@ -85,14 +88,23 @@ class GridTransport:
                 self._out[message_id] = (name, requests[name])
 
     def receive(self) -> Sequence[Reply]:
-        """Pull what was answered. Flower's own error replies (a crashed worker, say) become a code."""
-        if not self._out:
-            return []
+        """Pull what was answered. Flower's own error replies (a crashed worker, say) become a code.
+
+        Each message is asked for alone. So a reply that cannot be taken apart is that site's failure and nobody else's,
+        and whom a reply is from is told by what was asked, never by what the reply says of itself.
+        """
         replies: list[Reply] = []
-        for message in self._grid.pull_messages(list(self._out)):
-            sent = self._out.pop(message.metadata.reply_to_message_id, None)
-            if sent is not None:
-                replies.append(_read(message, *sent))
+        for message_id, (site, request) in list(self._out.items()):
+            try:
+                reply = next((_read(m, site, request) for m in self._grid.pull_messages([message_id])), None)
+            except httpx.HTTPError:
+                raise  # between the server app and its own SuperLink: no site's doing
+            except Exception as error:
+                _log.warning("a reply of site %s cannot be read: %s", site, type(error).__name__)
+                reply = Reply(site, request.task, code=Code.FORMAT.value)
+            if reply is not None:
+                del self._out[message_id]
+                replies.append(reply)
         return replies
 
     @staticmethod
@@ -119,9 +131,11 @@ def _read(message: Message, site: str, request: Request) -> Reply:
     content = message.content
     code = content.config_records.get(_CONFIG, ConfigRecord()).get("code")
     if code is not None:
-        return Reply(site, request.task, code=str(code))
+        return Reply(site, request.task, code=code if isinstance(code, str) else Code.FORMAT.value)
     arrays = content.array_records.get(_UPDATE, ArrayRecord())
     tensors = arrays["delta"].data if "delta" in arrays else b""
+    if not isinstance(tensors, bytes):
+        raise TypeError("the tensors of a reply are no bytes")
     return Reply(site, request.task, tensors, dict(content.metric_records.get(_METRICS, {})))
 
 
