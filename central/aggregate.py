@@ -2,7 +2,8 @@
 
 A strategy sees updates only (local head - global head), never heads: distances and medians of small differences keep
 their digits. A site's word is never a weight: weights are equal, or the reported cohort sizes clamped to a factor of
-two around their median. What is not finite, or is far larger than its peers, is refused before a strategy sees it.
+two around their median. What is not finite, is longer than the plan allows or far longer than its peers is refused
+before a strategy sees it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sspformer.contract.tensors import Delta
 
 # An update this many times longer than the median one is not a neighbour's honest work on the same plan.
 NORM_FACTOR = 10.0
+# Updates shorter than this are all as good as zero: there is no telling apart by length among them.
+NORM_FLOOR = 1e-3
 # No head weight of a trained model moves this far in one round; it also keeps every sum below finite in fp32.
 VALUE_BOUND = 100.0
 # Server learning rate and floor of FedAdam, chosen for updates of about 1e-3 per weight (Reddi et al. 2021, section 4).
@@ -98,8 +101,12 @@ def norm(tensors: Mapping[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(float(np.square(tensors[name], dtype=np.float64).sum()) for name in sorted(tensors))))
 
 
-def screen(updates: Sequence[Update]) -> tuple[list[Update], dict[str, str]]:
+def screen(updates: Sequence[Update], max_norm: float) -> tuple[list[Update], dict[str, str]]:
     """Separate updates that may be aggregated from those that may not.
+
+    Args:
+        updates: one of each site that answered.
+        max_norm: longest update that the plan allows, however few sites answered.
 
     Returns:
         The updates that passed, and an error code for every site that did not.
@@ -111,16 +118,22 @@ def screen(updates: Sequence[Update]) -> tuple[list[Update], dict[str, str]]:
             np.isfinite(value).all() and np.abs(value).max(initial=0) <= VALUE_BOUND
             for value in update.tensors.values()
         )
-        if sane:
+        if sane and update.norm <= max_norm:
             passed.append(update)
         else:
             refused[update.site] = Code.TENSORS.value
     # With two updates nobody can say which of them is the strange one.
     if len(passed) >= 3:
-        bound = NORM_FACTOR * median(update.norm for update in passed)
+        bound = NORM_FACTOR * _usual([update.norm for update in passed])
         refused |= {update.site: Code.TENSORS.value for update in passed if update.norm > bound}
         passed = [update for update in passed if update.site not in refused]
     return passed, refused
+
+
+def _usual(norms: Sequence[float]) -> float:
+    """Median length; of those that moved at all when most did not, so that an honest update is not called strange."""
+    middle = median(norms) or median([norm for norm in norms if norm > 0] or [0.0])
+    return max(middle, NORM_FLOOR)
 
 
 def _strategy(rule: str, count: int) -> FedAvg:

@@ -10,6 +10,7 @@ one over Flower's Grid, the unit tests one in memory with the same codec.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,7 +136,7 @@ def run_rounds(run: Run) -> Delta:
 
         request = _request(run, number, "train", delta)
         collected = _collect(run, roster, request)
-        updates, refused = screen(collected.updates)
+        updates, refused = screen(collected.updates, run.plan.max_update_norm)
         missing = collected.missing | refused
         if len(updates) < run.plan.quorum:
             raise _no_quorum(run, number, updates, missing)
@@ -302,6 +303,8 @@ def _take(run: Run, request: Request, reply: Reply, state: _Asked, collected: _C
     code = reply.code
     if code is None and request.kind == "train":
         try:
+            if len(reply.tensors) > largest_reply(run.shapes):
+                raise Refused(Code.TENSORS, "A head update is larger than its tensors.", "See to that site.")
             tensors = decode(reply.tensors, run.shapes)
         except Refused as refusal:
             code = refusal.code.value
@@ -316,6 +319,12 @@ def _take(run: Run, request: Request, reply: Reply, state: _Asked, collected: _C
     # What is not one of the agreed codes is a text from outside: it is neither shown nor kept.
     state.code = code if code in {known.value for known in Code} else Code.INTERNAL.value
     state.not_before = run.clock.now() + RETRY_S
+
+
+def largest_reply(shapes: Shapes) -> int:
+    """Most bytes that an encoded update of these shapes can have: zstd adds a little to what it cannot compress."""
+    plain = 2 * sum(math.prod(shape) for shape in shapes.values())
+    return len(encode(zeros(shapes))) + plain + plain // 128 + 1024
 
 
 def _no_quorum(run: Run, number: int, updates: Sequence[Update], missing: Mapping[str, str]) -> Refused:

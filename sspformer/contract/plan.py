@@ -63,6 +63,9 @@ class RunPlan(_Frozen):
     aggregation: Literal["fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum"] = "fedavg"
     weights: Literal["equal", "clamped"] = "equal"
     quorum: int = Field(2, ge=1)
+    max_update_norm: float = Field(
+        100.0, gt=0, description="Euclidean length of a site's update beyond which the coordinator refuses it"
+    )
     deadline_s: float = Field(600.0, gt=0)
     seed: int = Field(0, ge=0, lt=2**31)
 

@@ -114,27 +114,48 @@ def test_only_fedadam_remembers() -> None:
 def test_what_is_not_finite_or_absurd_is_refused(value: float) -> None:
     bad = update("bad")
     bad.tensors["tail.bias"][2] = value
-    passed, refused = screen([update("a"), bad])
+    passed, refused = screen([update("a"), bad], 100.0)
     assert [u.site for u in passed] == ["a"]
     assert refused == {"bad": "E-TENSORS"}
 
 
 def test_an_update_far_longer_than_its_peers_is_refused() -> None:
-    passed, refused = screen([update("a"), update("b"), update("c"), update("long", noise=0.02)])
+    passed, refused = screen([update("a"), update("b"), update("c"), update("long", noise=0.02)], 100.0)
     assert [u.site for u in passed] == ["a", "b", "c"]
     assert refused == {"long": "E-TENSORS"}
 
 
 def test_honest_updates_of_different_lengths_pass() -> None:
-    passed, refused = screen([update("a", noise=1e-3), update("b", noise=3e-3), update("c", noise=5e-3)])
+    passed, refused = screen([update("a", noise=1e-3), update("b", noise=3e-3), update("c", noise=5e-3)], 100.0)
     assert len(passed) == 3
     assert refused == {}
 
 
 def test_with_two_updates_nobody_is_called_strange() -> None:
-    passed, refused = screen([update("a"), update("b", noise=0.5)])
+    passed, refused = screen([update("a"), update("b", noise=0.5)], 100.0)
     assert len(passed) == 2
     assert refused == {}
+
+
+@pytest.mark.parametrize("sites", [["long"], ["a", "long"], ["a", "b", "c", "long"]])
+def test_an_update_beyond_the_plan_is_refused_however_few_there_are(sites: list[str]) -> None:
+    updates = [update(site, noise=0.5 if site == "long" else 1e-3) for site in sites]
+    passed, refused = screen(updates, max_norm=1.0)
+    assert [u.site for u in passed] == sites[:-1]
+    assert refused == {"long": "E-TENSORS"}
+
+
+@pytest.mark.parametrize("idle", [1, 2, 3])
+def test_sites_that_did_not_move_do_not_make_honest_ones_strange(idle: int) -> None:
+    still = [update(f"still{number}", noise=0.0) for number in range(idle)]
+    passed, refused = screen([*still, update("a"), update("b")], 100.0)
+    assert len(passed) == idle + 2
+    assert refused == {}
+
+
+def test_updates_that_are_all_zero_pass() -> None:
+    passed, _refused = screen([update(site, noise=0.0) for site in "abc"], 100.0)
+    assert len(passed) == 3
 
 
 def test_no_update_gives_no_step() -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from central import rounds
+from central import aggregate, rounds
+from central.aggregate import norm
 from central.rounds import Reply, Request, run_rounds
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.tensors import Delta, digest_tensors, encode
 from tests.central.memory import (
+    SHAPES,
     MemorySite,
     MemoryTransport,
     honest,
@@ -242,6 +244,107 @@ def test_an_update_that_cannot_be_right_is_refused_before_aggregation(tmp_path: 
     head = run_rounds(run)
     assert next(iter(run.store.records())).missing == {"mallory": "E-TENSORS"}
     assert same(head, run_rounds(make_run(tmp_path / "clean", three(), make_plan(rounds=1))))
+
+
+def bloated(site: MemorySite, request: Request, delta: Delta) -> Reply:
+    return Reply(site.name, request.task, honest(site, request, delta).tensors + bytes(1 << 20), {})
+
+
+def test_a_reply_that_is_too_large_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    real = rounds.decode
+    monkeypatch.setattr(rounds, "decode", lambda data, shapes: (decoded.append(len(data)), real(data, shapes))[1])
+    sites = [*three(), MemorySite("mallory", [bloated])]
+    run = make_run(tmp_path, sites, make_plan(rounds=1))
+    run_rounds(run)
+    assert next(iter(run.store.records())).missing == {"mallory": "E-TENSORS"}
+    assert len(decoded) == 3
+    assert max(decoded) <= rounds.largest_reply(run.shapes)
+
+
+def test_updates_that_do_not_compress_are_within_the_bound() -> None:
+    shapes = {"layer.weight": (300, 301)}
+    noise = np.random.default_rng(1).integers(0, 31_000, 300 * 301, np.uint16).view(np.float16).astype(np.float32)
+    size = len(encode({"layer.weight": noise.reshape(300, 301)}))
+    assert 0.9 * rounds.largest_reply(shapes) < size <= rounds.largest_reply(shapes)
+
+
+def scaled(factor: float, patients: float = 8) -> object:
+    def behave(site: MemorySite, request: Request, delta: Delta) -> Reply:
+        update = honest_update(site.name, request.round, delta)
+        sent = {name: np.asarray(factor * value, np.float32) for name, value in update.items()}
+        return Reply(site.name, request.task, encode(sent), {"patients_bucket": patients, "steps": 2})
+
+    return behave
+
+
+def two_sites(folder: Path, behave: object) -> tuple[Delta, dict[str, str]]:
+    """One round of an honest site and another, with a plan that allows ten times an honest update."""
+    sites = [MemorySite("alpha"), MemorySite("mallory", [behave])]  # type: ignore[list-item]
+    run = make_run(folder, sites, make_plan(rounds=1, quorum=1, max_update_norm=0.05))
+    return run_rounds(run), next(iter(run.store.records())).missing
+
+
+def alone(folder: Path) -> Delta:
+    return run_rounds(make_run(folder, [MemorySite("alpha")], make_plan(rounds=1, quorum=1)))
+
+
+def test_an_update_a_hundred_times_too_long_is_refused_with_two_sites(tmp_path: Path) -> None:
+    head, missing = two_sites(tmp_path / "attacked", scaled(100.0))
+    assert missing == {"mallory": "E-TENSORS"}
+    assert same(head, alone(tmp_path / "clean"))
+
+
+def test_mutant_without_the_plans_bound_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = rounds.screen
+    monkeypatch.setattr(rounds, "screen", lambda updates, max_norm: screen(updates, float("inf")))
+    head, missing = two_sites(tmp_path / "attacked", scaled(100.0))
+    assert missing == {}
+    assert norm(head) > 10 * norm(alone(tmp_path / "clean"))
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "weights"), [("fedavg", "clamped"), ("fedavg", "equal"), ("fedmedian", "equal")]
+)
+def test_a_flipped_sign_and_a_claim_of_a_billion_patients_weigh_at_most_twice(
+    tmp_path: Path, aggregation: str, weights: str
+) -> None:
+    plan = make_plan(rounds=1, quorum=3, aggregation=aggregation, weights=weights)
+    start = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    for number, patients in enumerate((1e9, 1e6, float("inf"), float("nan"), -1.0)):
+        sites = [*three(), MemorySite("mallory", [scaled(-1.0, patients)])]  # type: ignore[list-item]
+        run = make_run(tmp_path / str(number), sites, plan)
+        head = run_rounds(run)
+        assert next(iter(run.store.records())).missing == {}
+        updates = {name: honest_update(name, 1, start) for name in (*NAMES, "mallory")}
+        # The three honest sites weigh the same, the liar from half to twice of that: more would leave this range.
+        for name, value in head.items():
+            honest_sum = sum(updates[site][name] for site in NAMES)
+            ends = [(honest_sum - w * updates["mallory"][name]) / (3 + w) for w in (0.5, 2.0)]
+            if aggregation == "fedavg":
+                assert (value >= np.minimum(*ends) - 1e-5).all()
+                assert (value <= np.maximum(*ends) + 1e-5).all()
+            else:
+                assert np.abs(value).max() <= max(np.abs(u[name]).max() for u in updates.values())
+
+
+def test_mutant_that_believes_the_claim_is_carried_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "_weights", lambda buckets, kind: list(buckets))
+    plan = make_plan(rounds=1, weights="clamped")
+    sites = [*three(), MemorySite("mallory", [scaled(-1.0, 1e6)])]  # type: ignore[list-item]
+    head = run_rounds(make_run(tmp_path, sites, plan))
+    flipped = honest_update("mallory", 1, {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()})
+    assert norm({name: head[name] + flipped[name] for name in head}) < 1e-4  # the head is the liar's update
+
+
+def test_sites_that_send_zero_take_part_and_refuse_nobody(tmp_path: Path) -> None:
+    sites = three()
+    sites[0].behaviours = sites[1].behaviours = [scaled(0.0)]  # type: ignore[list-item,assignment]
+    run = make_run(tmp_path, sites, make_plan(rounds=2))
+    run_rounds(run)
+    assert [record.sites for record in run.store.records()] == [NAMES] * 2
 
 
 def test_a_reply_to_another_round_is_not_taken(tmp_path: Path) -> None:
