@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from site_client.runs import Runs
 from sspformer.contract.durable import make_private_folder, write_secret
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.plan import RunPlan
@@ -86,7 +87,8 @@ def answer(
 ) -> Answer:
     """Verify what the coordinator signed, then train one round or keep the final head. Never raises.
 
-    The same task again returns the bytes that were sent before: no second training, no second spending of privacy.
+    The same task again returns the bytes that were sent before: no second training, no second spending of privacy. A
+    task that the run has left behind is refused, see `site_client.runs`.
     """
     try:
         if not isinstance(plan_envelope, bytes) or not isinstance(task_envelope, bytes):
@@ -96,8 +98,12 @@ def answer(
         delta = decode(tensors, site.head_shapes(plan))
         if digest_tensors(delta) != task.head_digest:
             raise Refused(Code.DIGEST, "The global head is not the one that the task names.", "Tell the coordinator.")
+        runs = Runs(site.folder)
+        runs.check(task)
         if task.kind == "final":
-            finish_function(site, plan, delta)
+            if not runs.is_delivered(task):  # an old final head must not replace a newer run's
+                finish_function(site, plan, delta)
+                runs.note(task)
             return Answer()
         return _kept(site.folder, task) or _train(site, plan, task, delta, round_function)
     except Refused as refusal:
@@ -116,6 +122,7 @@ def _train(site: SiteLike, plan: RunPlan, task: RoundTask, delta: Delta, round_f
     # Every update names every tensor of the head, so that its shape says nothing about what the plan trains.
     update = {name: reply.update.get(name, np.zeros_like(value)) for name, value in delta.items()}
     said = Answer(encode(update), agreed_metrics(dict(reply.metrics)))
+    Runs(site.folder).note(task)
     _keep(site.folder, task, said)
     return said
 
