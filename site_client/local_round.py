@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from site_client.policy import check, check_update_norm
+from site_client.policy import Policy, check, check_update_norm
 from site_client.privacy.events import Events, Reservation
 from site_client.private_training import train_privately
 from site_client.site import Site
 from site_client.workspace import Workspace
 from sspformer.checkpoint import save_module
+from sspformer.contract.errors import Code, Refused
 from sspformer.contract.plan import RunPlan
 from sspformer.contract.privacy import MechanismEvent
 from sspformer.finetune import train
@@ -50,13 +52,15 @@ def local_round(site: Site, plan: RunPlan, round_number: int, global_delta: Mapp
         global_delta: difference of the global head to the published one, by tensor.
 
     Raises:
-        Refused: E-PLAN, E-BUDGET, E-COHORT, E-DATA or E-TENSORS; nothing has left then.
+        Refused: E-CONFIG, E-PLAN, E-BUDGET, E-COHORT, E-DATA or E-TENSORS; nothing has left then. Once a private round
+            is charged, every failure is E-INTERNAL: which patients were drawn must not decide which code leaves.
     """
-    check(plan, site.policy, site.listed_patients(plan))
-    reservation = reserve_budget(site, plan, round_number)
+    policy = site.read_policy()  # once: the whole round is held against the same caps
+    check(plan, policy, site.listed_patients(plan))
+    reservation = reserve_budget(site, plan, round_number, policy)
     try:
         workspace = site.prepare(plan)
-        check(plan, site.policy, len(workspace.cohort.train))  # broken scans may have left fewer than the listing
+        check(plan, policy, len(workspace.cohort.train))  # broken scans may have left fewer than the listing
         head = workspace.head_at(global_delta)
         keep_history(site, workspace, plan, round_number, head)
     except BaseException:
@@ -66,18 +70,36 @@ def local_round(site: Site, plan: RunPlan, round_number: int, global_delta: Mapp
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     if reservation is None or plan.private is None:
         train_plainly(site, workspace, plan, round_number, head)
+        update = difference(head, before)
+        check_update_norm(norm(update), policy)
     else:
         reservation.start()  # durable before the first patient is drawn: from here on the round is paid for
-        train_privately(workspace, plan.private, head)
-    update = difference(head, before)
-    check_update_norm(norm(update), site.policy)
-    if reservation is not None:
-        reservation.spend()
+        with one_code():
+            train_privately(workspace, plan.private, head)
+            update = difference(head, before)
+            check_update_norm(norm(update), policy)
+            reservation.spend()
     return RoundReply(update, agreed_numbers(site, plan, workspace))
 
 
+@contextmanager
+def one_code() -> Iterator[None]:
+    """Turn every failure into the same refusal. What caused it is in the operator's log."""
+    try:
+        yield
+    except Exception as error:
+        raise Refused(
+            Code.INTERNAL, "a private round failed after it was charged.", "read logs/operator.log."
+        ) from error
+
+
 def finish(site: Site, plan: RunPlan, global_delta: Mapping[str, np.ndarray]) -> None:
-    """Keep the final head and score it for the site's own history."""
+    """Keep the final head and score it for the site's own history.
+
+    Raises:
+        Refused: as `local_round`: a plan that may not train here may not leave its head here either.
+    """
+    check(plan, site.read_policy(), site.listed_patients(plan))
     workspace = site.prepare(plan)
     head = workspace.head_at(global_delta)
     keep_history(site, workspace, plan, plan.rounds + 1, head)
@@ -86,12 +108,12 @@ def finish(site: Site, plan: RunPlan, global_delta: Mapping[str, np.ndarray]) ->
         save_module(folder / name, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest)
 
 
-def reserve_budget(site: Site, plan: RunPlan, round_number: int) -> Reservation | None:
+def reserve_budget(site: Site, plan: RunPlan, round_number: int, policy: Policy) -> Reservation | None:
     """Reserve this round's epsilon on disk; None for a plan without DP, which the site's policy had to allow."""
     if plan.private is None:
         return None
     events = Events(site.folder / "privacy")
-    return events.reserve(plan.run, round_number, MechanismEvent.of(plan.private), site.policy)
+    return events.reserve(plan.run, round_number, MechanismEvent.of(plan.private), policy)
 
 
 def train_plainly(site: Site, workspace: Workspace, plan: RunPlan, round_number: int, head: Head) -> None:
@@ -126,12 +148,15 @@ def norm(update: Mapping[str, np.ndarray]) -> float:
 
 
 def agreed_numbers(site: Site, plan: RunPlan, workspace: Workspace) -> dict[str, float | int]:
-    """Numbers that depend on nobody's image: the size of the cohort in powers of two, the plan's steps, epsilon."""
-    numbers: dict[str, float | int] = {"patients_bucket": 1 << (len(workspace.cohort.train).bit_length() - 1)}
-    numbers["steps"] = plan.local.steps if plan.private is None else plan.private.steps
-    if plan.private is not None:
-        numbers["epsilon"] = Events(site.folder / "privacy").epsilon_spent(plan.private.delta, run=plan.run)
-    return numbers
+    """Numbers that depend on nobody's image: the plan's steps; with DP epsilon, without it the cohort's size.
+
+    The size, in powers of two, is an exact function of who is in the cohort: one patient more or less can show. A
+    private round, whose promise covers exactly that, does not say it.
+    """
+    if plan.private is None:
+        return {"patients_bucket": 1 << (len(workspace.cohort.train).bit_length() - 1), "steps": plan.local.steps}
+    epsilon = Events(site.folder / "privacy").epsilon_spent(plan.private.delta, run=plan.run)
+    return {"steps": plan.private.steps, "epsilon": epsilon}
 
 
 def keep_history(site: Site, workspace: Workspace, plan: RunPlan, round_number: int, head: Head) -> None:

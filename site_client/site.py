@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from site_client.config import SiteConfig
 from site_client.folder import SiteFolder
 from site_client.policy import Policy
 from site_client.privacy.events import Events
@@ -47,10 +48,13 @@ class Site:
         """The site's name."""
         return self.files.config.name
 
-    @property
-    def policy(self) -> Policy:
-        """The site's own caps."""
-        return self.files.config.policy
+    def read_policy(self) -> Policy:
+        """The site's own caps as its file says now: what the hospital tightens counts from the next task on.
+
+        Raises:
+            Refused: E-CONFIG where the file cannot be read; the caps it had before may be the ones it was to replace.
+        """
+        return SiteConfig.load(self.files.config_path).policy
 
     def listed_patients(self, plan: RunPlan) -> int:
         """Training patients by the folder's listing alone; no image is opened."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_what_an_exception_costs(make_hospital, monkeypatch, broken, left):
 
     with monkeypatch.context() as patch:
         patch.setattr(private_training if broken == "private_gradient" else story, broken, crash)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError if broken == "keep_history" else Refused):
             local_round(hospital.open(), hospital.private_plan(), 1, {})
     assert kinds(hospital) == left
     charged = Events(hospital.root / "privacy").charged()
@@ -227,8 +228,78 @@ def test_what_an_exception_costs(make_hospital, monkeypatch, broken, left):
 
 def test_an_update_beyond_the_norm_stays_and_is_charged(make_hospital):
     hospital = make_hospital(max_update_norm=1e-9)
-    assert refusal(local_round, hospital.open(), hospital.private_plan(), 1, {}).code is Code.TENSORS
+    assert refusal(local_round, hospital.open(), hospital.private_plan(), 1, {}).code is Code.INTERNAL
     assert kinds(hospital) == ["RESERVED", "STARTED"]
+    hospital.allow(require_dp=False)
+    assert refusal(local_round, hospital.open(), hospital.plan(), 1, {}).code is Code.TENSORS
+
+
+FAULTS = [RuntimeError("x"), MemoryError(), KeyError("sub-01"), Refused(Code.DATA, "sub-01", "x"), OSError(5, "x")]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("place", ["load", "difference", "check_update_norm", "spend"])
+def test_after_start_every_failure_is_the_same_code(make_hospital, monkeypatch, place, fault):
+    """A patient who is drawn, or not, must not decide which code leaves."""
+    hospital = make_hospital()
+    site, plan = hospital.open(), hospital.private_plan(sample_rate=0.5, steps=12)
+    site.prepare(plan)
+
+    def fail(*_, **__):
+        raise fault
+
+    owner = {"load": FeatureCache, "spend": Reservation}.get(place, story)
+    real_start = Reservation.start
+    monkeypatch.setattr(Reservation, "start", lambda own: real_start(own) or monkeypatch.setattr(owner, place, fail))
+    assert refusal(local_round, site, plan, 1, {}).code is Code.INTERNAL
+    assert kinds(hospital) == ["RESERVED", "STARTED"]
+
+
+def test_mutant_without_the_rule_the_code_tells_what_went_wrong(make_hospital, monkeypatch):
+    hospital = make_hospital(max_update_norm=1e-9)
+    monkeypatch.setattr(story, "one_code", contextlib.nullcontext)
+    assert refusal(local_round, hospital.open(), hospital.private_plan(), 1, {}).code is Code.TENSORS
+
+
+def test_a_tightened_policy_counts_without_a_restart(make_hospital):
+    hospital = make_hospital(require_dp=False)
+    site, plan = hospital.open(), hospital.plan()
+    update = local_round(site, plan, 1, {}).update
+    hospital.allow(require_dp=True)
+    assert refusal(local_round, site, plan, 2, {}).code is Code.PLAN
+    assert refusal(finish, site, plan, update).code is Code.PLAN
+    hospital.allow(require_dp=False, min_patients=50)
+    assert refusal(local_round, site, plan, 2, {}).code is Code.COHORT
+    hospital.allow(min_patients=2)
+    path = hospital.root / "site.yaml"
+    text = path.read_text()
+    for broken in ("policy: [", text + "surprise: 1\n", ""):
+        path.write_text(broken)
+        assert refusal(local_round, site, plan, 2, {}).code is Code.CONFIG
+        assert refusal(finish, site, plan, update).code is Code.CONFIG
+    path.unlink()
+    assert refusal(local_round, site, plan, 2, {}).code is Code.CONFIG
+    path.write_text(text)
+    assert local_round(site, plan, 2, {}).update
+
+
+def test_mutant_a_policy_that_is_read_once_lets_the_round_through(make_hospital, monkeypatch):
+    hospital = make_hospital(require_dp=False)
+    site = hospital.open()
+    monkeypatch.setattr(Site, "read_policy", lambda own: own.files.config.policy)
+    hospital.allow(require_dp=True)
+    assert local_round(site, hospital.plan(), 1, {}).update
+
+
+def test_a_final_head_of_a_plan_beyond_the_policy_is_not_kept(make_hospital, monkeypatch):
+    hospital = make_hospital()  # requires DP
+    site, plan = hospital.open(), hospital.plan()
+    assert refusal(finish, site, plan, {}).code is Code.PLAN
+    assert not (hospital.root / "heads").exists()
+    assert not (hospital.root / "cache").exists()
+    monkeypatch.setattr(story, "check", lambda *_: None)  # the mutant
+    finish(site, plan, {})
+    assert (hospital.root / "heads" / "current.safetensors").exists()
 
 
 def test_a_patient_who_opts_out_between_two_rounds_is_gone(make_hospital):
@@ -293,7 +364,7 @@ def test_only_agreed_numbers_go_back(make_hospital):
     plain = local_round(site, hospital.plan(), 1, {}).metrics
     private = local_round(site, hospital.private_plan(), 1, {}).metrics
     assert set(plain) == {"patients_bucket", "steps"}
-    assert set(private) == {"patients_bucket", "steps", "epsilon"}
+    assert set(private) == {"steps", "epsilon"}  # the cohort's size is a function of who is in it
     count = len(site.prepare(hospital.plan()).cohort.train)
     assert plain["patients_bucket"] <= count < 2 * plain["patients_bucket"]
     assert plain["patients_bucket"] in (1, 2, 4, 8)
