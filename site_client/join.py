@@ -36,7 +36,7 @@ def create(root: Path, *, name: str, data: Path, device: str) -> list[str]:
 
     Raises:
         Refused: E-CONFIG for a bad option; E-DATA when the dataset is no folder; E-STATE when the folder already holds
-            a site, whole or in part.
+            a site, whole or in part, or anything else.
     """
     config = SiteConfig.make(name=name, data=data.absolute(), device=device)
     folder = SiteFolder(root, config)
@@ -49,6 +49,12 @@ def create(root: Path, *, name: str, data: Path, device: str) -> list[str]:
             "Name another folder, or move this one away if it is really no longer needed.",
         )
     try:
+        if root.exists() and any(root.iterdir()):
+            raise Refused(
+                Code.STATE,
+                f"{root} holds other files already; a site's keys and patient data do not belong among them.",
+                "Name a new folder, or an empty one.",
+            )
         for place in (root, folder.keys, folder.store):
             make_private_folder(place)
     except OSError as error:

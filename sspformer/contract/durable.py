@@ -62,9 +62,19 @@ def read_secret(path: Path, what: str) -> bytes:
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder that only its owner may enter (0700); its parents too when they are missing."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
+    """Make a folder that only its owner may enter (0700); its parents too when they are missing.
+
+    A folder that is there already keeps its mode: it may be one that people share, and not ours to close.
+    """
+    if path.is_dir():
+        return
+    make_private_folder(path.parent)
+    try:
+        path.mkdir(mode=0o700)
+        path.chmod(0o700)  # whatever the umask says
+    except FileExistsError:
+        if not path.is_dir():
+            raise
 
 
 def sync_folder(path: Path) -> None:

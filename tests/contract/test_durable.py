@@ -64,3 +64,17 @@ def test_a_secret_open_to_others_is_refused(tmp_path, mode):
 def test_a_private_folder_is_private(tmp_path):
     durable.make_private_folder(tmp_path / "a" / "b")
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_was_there_keeps_its_mode(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o775)
+    durable.make_private_folder(shared)
+    durable.make_private_folder(shared / "own")
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o775
+    assert stat.S_IMODE((shared / "own").stat().st_mode) == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        durable.make_private_folder(tmp_path / "file")

@@ -82,6 +82,24 @@ def test_init_refuses_to_overwrite(site, tmp_path):
     assert keys_of(site) == before
 
 
+def test_init_leaves_a_folder_that_people_share_as_it_is(tmp_path):
+    shared = tmp_path / "shared"
+    (shared / "bids").mkdir(parents=True)
+    shared.chmod(0o775)
+    with pytest.raises(Refused, match="other files") as refusal:
+        create(shared, name="alpha", data=shared / "bids", device="cpu")
+    assert refusal.value.code == Code.STATE
+    assert [path.name for path in shared.iterdir()] == ["bids"]
+    create(shared / "site", name="alpha", data=shared / "bids", device="cpu")
+    assert stat.S_IMODE((shared / "site").stat().st_mode) == 0o700
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    empty.chmod(0o775)
+    create(empty, name="alpha", data=shared / "bids", device="cpu")
+    assert stat.S_IMODE(shared.stat().st_mode) == stat.S_IMODE(empty.stat().st_mode) == 0o775
+    assert stat.S_IMODE((empty / "keys").stat().st_mode) == 0o700
+
+
 BAD = {
     "name": ({"name": "St. Mary"}, Code.CONFIG, "--name"),
     "device": ({"device": "tpu"}, Code.CONFIG, "--device"),
