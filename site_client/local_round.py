@@ -8,7 +8,6 @@ wastes budget; any other order could leak.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from site_client.history import append
 from site_client.policy import Policy, check, check_update_norm
 from site_client.privacy.events import Events, Reservation
 from site_client.private_training import train_privately
@@ -105,7 +105,9 @@ def finish(site: Site, plan: RunPlan, global_delta: Mapping[str, np.ndarray]) ->
     keep_history(site, workspace, plan, plan.rounds + 1, head)
     folder = site.folder / "heads"
     for name in (f"{plan.run}.safetensors", "current.safetensors"):
-        save_module(folder / name, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest)
+        save_module(
+            folder / name, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest, secret=True
+        )
 
 
 def reserve_budget(site: Site, plan: RunPlan, round_number: int, policy: Policy) -> Reservation | None:
@@ -169,6 +171,4 @@ def keep_history(site: Site, workspace: Workspace, plan: RunPlan, round_number: 
     if not results:
         return
     path = site.folder / "history" / f"{plan.run}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        handle.write(json.dumps({"round": round_number - 1, "psnr": float(np.mean(results))}) + "\n")
+    append(path, {"round": round_number - 1, "psnr": float(np.mean(results))})

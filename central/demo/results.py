@@ -122,11 +122,14 @@ def _site(hospital: Hospital, out: Path, plans: tuple[RunPlan, RunPlan]) -> Site
 
 
 def _history(hospital: Hospital, plan: RunPlan) -> list[HistoryPoint]:
-    """A site's own curve. A round that was asked twice was scored twice: the first time counts."""
+    """A site's own curve. Of a round that was asked, and scored, twice the first time counts; a torn line never does."""
     points: dict[int, float] = {}
     path = hospital.folder / "history" / f"{plan.run}.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
-        entry: dict[str, Any] = json.loads(line)
+        try:
+            entry: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # a crash tore it; the round was asked, and scored, again
         points.setdefault(int(entry["round"]), float(entry["psnr"]))
     return [HistoryPoint(round=number, psnr=points[number]) for number in sorted(points)]
 

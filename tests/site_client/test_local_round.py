@@ -384,6 +384,19 @@ def test_history_stays_at_the_site(make_hospital):
         assert not any("psnr" in name for name in reply.metrics)
 
 
+def test_a_torn_line_of_the_history_harms_no_other(make_hospital):
+    hospital = make_hospital(require_dp=False)
+    site, plan = hospital.open(), hospital.plan()
+    local_round(site, plan, 1, {})
+    path = hospital.root / "history" / "test.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"round": 1, "ps')  # killed in the middle of a line
+    local_round(site, plan, 2, {})
+    lines = path.read_text().splitlines()
+    assert [json.loads(lines[i])["round"] for i in (0, 2)] == [0, 1]
+    assert lines[1] == '{"round": 1, "ps'
+    assert path.stat().st_mode & 0o077 == 0
+
+
 def test_finish_keeps_the_final_head(make_hospital):
     hospital = make_hospital(require_dp=False)
     site, plan = hospital.open(), hospital.plan()
