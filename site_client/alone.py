@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from site_client.folder import SiteFolder
 from site_client.workspace import Artifacts, Workspace, open_workspace
 from sspformer.checkpoint import file_digest, load_encoder, load_head, save_module
-from sspformer.contract.durable import write_file
+from sspformer.contract.durable import write_secret
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.manifest import verify_manifest
 from sspformer.contract.plan import LocalTraining, RunPlan
@@ -60,7 +61,7 @@ def finetune_alone(
         on_step=lambda done, loss: progress("training", done, total),
     )
     path = root / "heads" / "local.safetensors"
-    save_module(path, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest)
+    save_module(path, head.cpu(), workspace.arch, "head", encoder_digest=workspace.encoder_digest, secret=True)
     lines = [f"{len(workspace.cohort.train)} patients, {total} steps: {path}"]
     if workspace.cohort.test:
         heads = {"warm": workspace.head_at({}), "local": head}
@@ -81,7 +82,7 @@ def evaluate_site(
 ) -> list[str]:
     """Score the input, non-local means, the warm head and the given heads on the held-out patients.
 
-    The files are for this site: they are written where the operator says and sent nowhere.
+    The files are for this site: they are written where the operator says, for the operator alone, and sent nowhere.
     """
     files = SiteFolder.open(root)
     plan = load_settings(plan_path, RunPlan) if plan_path else None
@@ -94,14 +95,14 @@ def evaluate_site(
     if json_path is not None:
         counts = {"patients_train": len(workspace.cohort.train), "patients_test": len(workspace.cohort.test)}
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(
+        write_secret(
             json_path, json.dumps(counts | {"methods": methods, "per_patient": scored.scores}, indent=1).encode()
         )
     if pictures_path is not None:
         pictures_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pictures_path.with_name(f".{pictures_path.name}.tmp.npz")
-        np.savez_compressed(temporary, **scored.pictures)  # type: ignore[arg-type]
-        temporary.replace(pictures_path)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **scored.pictures)  # type: ignore[arg-type]
+        write_secret(pictures_path, packed.getvalue())
     table = [f"{name:<10} PSNR {m['psnr']:6.2f} dB  SSIM {m['ssim']:.3f}" for name, m in methods.items()]
     return [f"{len(workspace.cohort.test)} held-out patients, inside the head:", *table, *_skipped(workspace)]
 

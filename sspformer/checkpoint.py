@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sspformer.contract.durable import write_file
+from sspformer.contract.durable import PLAIN_MODE, SECRET_MODE, write_file
 from sspformer.contract.errors import Code, Refused
 from sspformer.model.assembly import Architecture, Head, build_encoder
 from sspformer.model.encoder import Encoder
@@ -41,6 +41,7 @@ def save_module(
     half: bool = False,
     gradient_rms: dict[str, float] | None = None,
     encoder_digest: str | None = None,
+    secret: bool = False,
 ) -> str:
     """Write a module with its architecture, atomically; returns its digest.
 
@@ -52,6 +53,7 @@ def save_module(
         half: store float16 (for a frozen encoder; features are float16 anyway).
         gradient_rms: see `sspformer.finetune.gradient_rms`; kept in the file's metadata.
         encoder_digest: ``sha256:<hex>`` of the encoder file that a head was made for; every head states it.
+        secret: only the owner may read the file: it was trained on patients.
     """
     if (role == "head") != (encoder_digest is not None):
         raise ValueError("a head, and nothing but a head, states the encoder that it was made for")
@@ -61,11 +63,13 @@ def save_module(
         metadata["gradient_rms"] = json.dumps({name: float(f"{rms:.4g}") for name, rms in gradient_rms.items()})
     if encoder_digest is not None:
         metadata[ENCODER_KEY] = encoder_digest
-    return save_tensors(path, tensors, metadata)
+    return save_tensors(path, tensors, metadata, secret)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], secret: bool = False) -> str:
     """Write tensors atomically; returns the file's digest. Equal tensors and metadata give equal bytes.
+
+    A secret file is for its owner alone (0600).
 
     Raises:
         Refused: E-STATE where the file cannot be written.
@@ -73,7 +77,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     payload = _in_order(safetensors.torch.save(tensors, metadata=metadata))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, payload)
+        write_file(path, payload, SECRET_MODE if secret else PLAIN_MODE)
     except OSError as error:
         raise Refused(Code.STATE, f"{path} cannot be written ({error.strerror}).", "check folder and space.") from error
     return "sha256:" + hashlib.sha256(payload).hexdigest()

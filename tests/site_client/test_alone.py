@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import stat
 from pathlib import Path
 
 import nibabel as nib
@@ -83,6 +84,9 @@ def test_finetune_evaluate_apply(site_client, hospital, tmp_path):
     assert found["methods"]["warm"]["psnr"] == pytest.approx(found["methods"]["input"]["psnr"], abs=1e-3)  # untrained
     assert len(found["per_patient"]["local"]["psnr"]) == 2
     assert set(np.load(pictures)) == {"target", "input", "nlm", "warm", "local"}
+
+    for made in (local, scores, pictures):  # all of them say something about patients
+        assert stat.S_IMODE(made.stat().st_mode) == 0o600, made
 
     source, target = tmp_path / "sub-01_T1w.nii.gz", tmp_path / "out.nii.gz"
     head_image(2, (120, 132, 2), "PIR").to_filename(source)
