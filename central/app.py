@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -42,11 +42,16 @@ def main(grid: Grid, context: Context) -> None:
     store = RunStore(federation.root / "runs" / str(context.run_config["run"]))
     key = federation.signing_key()
     plan = open_plan(store.plan, [key.public_key()])
-    sites = {site.name: site.node_public_key for site in SiteRegistry(federation.sites_path).sites()}
+    registry = SiteRegistry(federation.sites_path)
+
+    def admitted() -> dict[str, str]:
+        return {site.name: site.node_public_key for site in registry.sites()}
+
+    sites = tuple(sorted(admitted()))
     shapes = head_shapes(Publication(federation).blob_path(plan.head))
     with store.locked(wait_s=10.0):
         try:
-            run_rounds(Run(plan, tuple(sorted(sites)), shapes, store, key, GridTransport(grid, sites)))
+            run_rounds(Run(plan, sites, shapes, store, key, GridTransport(grid, admitted)))
         except Refused as refusal:
             store.set_status("failed", code=refusal.code.value, message=str(refusal), round=store.last_round())
             raise
@@ -57,12 +62,14 @@ class GridTransport:
 
     Args:
         grid: Flower's Grid of this run.
-        sites: OpenSSH public key of each admitted site's node, by site name.
+        sites: gives the OpenSSH public key of each admitted site's node, by site name. Asked again and again: a site
+            that was removed is asked no more, and its answer is not taken.
     """
 
-    def __init__(self, grid: Grid, sites: Mapping[str, str]) -> None:
+    def __init__(self, grid: Grid, sites: Callable[[], Mapping[str, str]]) -> None:
         self._grid = grid
-        self._names = {_key_bytes(key): name for name, key in sites.items()}
+        self._sites = sites
+        self._names = _by_key(sites())
         self._nodes: dict[str, int] = {}
         self._out: dict[str, tuple[str, Request]] = {}
         # A reply is visible a moment before its tensors are; Flower then waits 1 s before it looks again.
@@ -71,6 +78,10 @@ class GridTransport:
 
     def online(self) -> dict[str, str]:
         """Connected admitted sites; the stamp is the moment of their node's last activation."""
+        try:
+            self._names = _by_key(self._sites())
+        except Refused as refusal:  # a register that is damaged in the middle of a run does not end the run
+            _log.warning("the sites of the last look are kept: %s", refusal)
         stamps: dict[str, str] = {}
         for node in self._grid.get_nodes():
             name = self._names.get(bytes(node.public_key))
@@ -94,7 +105,12 @@ class GridTransport:
         and whom a reply is from is told by what was asked, never by what the reply says of itself.
         """
         replies: list[Reply] = []
+        admitted = set(self._names.values())
         for message_id, (site, request) in list(self._out.items()):
+            if site not in admitted:
+                del self._out[message_id]
+                replies.append(Reply(site, request.task, code=Code.SIGNATURE.value))
+                continue
             try:
                 reply = next((_read(m, site, request) for m in self._grid.pull_messages([message_id])), None)
             except httpx.HTTPError:
@@ -137,6 +153,10 @@ def _read(message: Message, site: str, request: Request) -> Reply:
     if not isinstance(tensors, bytes):
         raise TypeError("the tensors of a reply are no bytes")
     return Reply(site, request.task, tensors, dict(content.metric_records.get(_METRICS, {})))
+
+
+def _by_key(sites: Mapping[str, str]) -> dict[bytes, str]:
+    return {_key_bytes(key): name for name, key in sites.items()}
 
 
 def _key_bytes(openssh: str) -> bytes:

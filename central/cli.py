@@ -36,6 +36,9 @@ def init(
 def admit(
     state: State,
     request: Annotated[Path, typer.Argument(metavar="REQUEST.json", help="What `site-client init` wrote.")],
+    fingerprint: Annotated[
+        str, typer.Option(help="Fingerprint of the hospital's key, as the hospital read it out (`site-client init`).")
+    ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the admission goes; beside the request if not given.")
     ] = None,
@@ -43,7 +46,18 @@ def admit(
     """Check a hospital's request, issue its certificate and write its sealed admission."""
     from central.admission import admit_file
 
-    for line in admit_file(state, request, output):
+    for line in admit_file(state, request, output, fingerprint=fingerprint):
+        typer.echo(line)
+
+
+@app.command()
+def remove(
+    state: State, site: Annotated[str, typer.Argument(metavar="SITE", help="Name of the site.", show_default=False)]
+) -> None:
+    """Take a hospital out: the gateway refuses it, no round asks it, its keys are not admitted again."""
+    from central.admission import remove_site
+
+    for line in remove_site(state, site):
         typer.echo(line)
 
 

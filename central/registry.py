@@ -55,6 +55,14 @@ class AdmittedSite(BaseModel):
             and _read(self).public_key() == _read(other).public_key()
         )
 
+    def shares_a_key(self, other: AdmittedSite) -> bool:
+        """Say whether any of the three keys of two entries is the same."""
+        return (
+            self.node_public_key == other.node_public_key
+            or self.signing_public_key == other.signing_public_key
+            or _read(self).public_key() == _read(other).public_key()
+        )
+
     def valid_for(self) -> datetime.timedelta:
         """Return how long the site's certificate still holds; negative when it has run out."""
         return _read(self).not_valid_after_utc - datetime.datetime.now(datetime.UTC)
@@ -76,14 +84,19 @@ class SiteRegistry:
         Raises:
             Refused: E-STATE when the register is damaged.
         """
+        return self._load()[0]
+
+    def _load(self) -> tuple[list[AdmittedSite], list[AdmittedSite]]:
+        """Read the admitted sites and those that were removed."""
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
-            return []
+            return [], []
         try:
-            entries = parse(data, "the register of sites", max_bytes=_MAX_REGISTER_BYTES)["sites"]
-            return [AdmittedSite.model_validate(entry) for entry in entries]
-        except (Refused, ValidationError, KeyError, TypeError):
+            register = parse(data, "the register of sites", max_bytes=_MAX_REGISTER_BYTES)
+            admitted, removed = register["sites"], register.get("removed", [])
+            return [AdmittedSite.model_validate(e) for e in admitted], [AdmittedSite.model_validate(e) for e in removed]
+        except (Refused, ValidationError, KeyError, TypeError, AttributeError):
             raise Refused(
                 Code.STATE, f"{self._path} is damaged.", "Restore it from the backup of the coordinator's folder."
             ) from None
@@ -101,27 +114,45 @@ class SiteRegistry:
         Within thirty days of its end, or after it, the certificate that is there gives way to the new one.
 
         Raises:
-            Refused: E-STATE when its name, or one of its keys, is another site's.
+            Refused: E-STATE when its name, or one of its keys, is another site's, or when a key is that of a removed
+                site.
         """
         with self._locked():
-            sites = self.sites()
+            sites, removed = self._load()
+            if any(site.shares_a_key(gone) for gone in removed):
+                raise _taken(f"Site {site.name} has a key of a site that was removed")
             for known in sites:
                 if known.keys_equal(site):
                     if known.valid_for() > _RENEWAL:
                         return known
                     site = site.model_copy(update={"since": known.since})
-                    self._write([site if entry is known else entry for entry in sites])
+                    self._write([site if entry is known else entry for entry in sites], removed)
                     return site
                 if known.name == site.name:
                     raise _taken(f"Site {site.name} is already admitted with other keys")
-                if known.node_public_key == site.node_public_key or known.signing_public_key == site.signing_public_key:
+                if known.shares_a_key(site):
                     raise _taken(f"A key of {site.name} is already that of site {known.name}")
-            self._write([*sites, site])
+            self._write([*sites, site], removed)
             return site
 
-    def _write(self, sites: list[AdmittedSite]) -> None:
-        entries = [site.model_dump(mode="json") for site in sites]
-        write_file(self._path, canonical_bytes({"sites": entries}))
+    def remove(self, name: str) -> AdmittedSite:
+        """Take a site out. Its keys stay on record, so that they are never admitted again.
+
+        Raises:
+            Refused: E-STATE when no site of that name is admitted.
+        """
+        with self._locked():
+            sites, removed = self._load()
+            gone = next((site for site in sites if site.name == name), None)
+            if gone is None:
+                raise Refused(Code.STATE, f"No site {name} is admitted.", "List sites: central status STATE")
+            self._write([site for site in sites if site is not gone], [*removed, gone])
+            return gone
+
+    def _write(self, sites: list[AdmittedSite], removed: list[AdmittedSite]) -> None:
+        register = {"sites": sites, "removed": removed}
+        entries = {key: [site.model_dump(mode="json") for site in value] for key, value in register.items()}
+        write_file(self._path, canonical_bytes(entries))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from central.admission import admit_file
+from central.admission import admit, admit_file
 from central.federation import Federation
 from central.federation import create as create_federation
 from central.gateway.server import make_server
@@ -22,7 +22,10 @@ from site_client.folder import SiteFolder
 from site_client.gateway_client import Backoff, GatewayClient
 from site_client.join import accept
 from site_client.join import create as create_site
-from sspformer.contract.keys import fingerprint
+from sspformer.contract.envelope import read_unverified
+from sspformer.contract.errors import Refused
+from sspformer.contract.joining import Admission
+from sspformer.contract.keys import fingerprint, parse_public
 
 QUICK = Backoff(attempts=3, first_s=0.01, longest_s=0.02)
 MIB = 1 << 20
@@ -57,13 +60,32 @@ def publish(federation: Federation, folder: Path, size: int = 5 * MIB) -> None:
     Publication(federation).publish(encoder=encoder, head=head)
 
 
+def print_in(envelope: bytes) -> str:
+    """Return the fingerprint of the key that a request names, as its site reads it out."""
+    try:
+        return fingerprint(parse_public(read_unverified(envelope, "request")["signing_public_key"]))
+    except (Refused, KeyError, TypeError):
+        return "00"
+
+
+def admit_request(federation: Federation, envelope: bytes) -> tuple[Admission, bytes]:
+    """Admit a request whose site read its fingerprint out."""
+    return admit(federation, envelope, print_in(envelope))
+
+
+def admit_request_file(root: Path, request: Path, output: Path | None = None) -> list[str]:
+    """Admit a request in a file whose site read its fingerprint out."""
+    spoken = print_in(request.read_bytes()) if request.exists() else "00"
+    return admit_file(root, request, output, fingerprint=spoken)
+
+
 def join(federation: Federation, root: Path, name: str = "alpha") -> SiteFolder:
     """Make a site and let it join, by the functions that the commands call."""
     data = root.parent / "bids"
     data.mkdir(exist_ok=True)
     create_site(root, name=name, data=data, device="cpu")
     admission = root / "admission.json"
-    admit_file(federation.root, root / "request.json", admission)
+    admit_request_file(federation.root, root / "request.json", admission)
     accept(root, admission, fingerprint=fingerprint(federation.signing_key().public_key()))
     return SiteFolder.open(root)
 

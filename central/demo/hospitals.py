@@ -123,23 +123,33 @@ def found(programs: Programs, state: Path) -> str:
     gateway_port, superlink_port = free_port(), free_port()
     ports = ("--gateway-port", str(gateway_port), "--superlink-port", str(superlink_port))
     said = programs.run("central-init", "central", "init", state, "--name", "demo", "--host", HOST, *ports)
-    fingerprint = re.search(r"[Ff]ingerprint[^:\n]*:\s*([0-9a-fA-F:]{16,})", said)
-    if fingerprint is None:
-        raise Refused(Code.INTERNAL, "central init named no fingerprint.", f"read {programs.log('central-init')}")
+    fingerprint = _fingerprint(said, "central init", programs.log("central-init"))
     reference = Path(programs.run("reference", "sspformer", "reference", "--path").strip().splitlines()[-1])
     encoder, head = reference / "encoder.safetensors", reference / "head-denoise.safetensors"
     programs.run("central-publish", "central", "publish", state, "--encoder", encoder, "--head", head)
-    return fingerprint.group(1)
+    return fingerprint
+
+
+def _fingerprint(said: str, command: str, log: Path) -> str:
+    """What a command printed to be read out to the other side."""
+    found = re.search(r"[Ff]ingerprint[^:\n]*:\s*([0-9a-fA-F:]{16,})", said)
+    if found is None:
+        raise Refused(Code.INTERNAL, f"{command} named no fingerprint.", f"read {log}")
+    return found.group(1)
 
 
 def join(programs: Programs, state: Path, hospital: Hospital, fingerprint: str) -> None:
-    """Bring one hospital in: keys made at the site, admitted by the coordinator, its key pinned by the site."""
+    """Bring one hospital in: keys made at the site, admitted by the coordinator, its key pinned by the site.
+
+    Each side is told the fingerprint that the other printed, as two people would by phone.
+    """
     site = hospital.folder
     admission = site.parent / f"{hospital.name}-admission.json"
     log = f"join-{hospital.name}"
-    programs.run(log, "site-client", "init", site, "--name", hospital.name, "--data", hospital.data)
+    said = programs.run(log, "site-client", "init", site, "--name", hospital.name, "--data", hospital.data)
+    own = ("--fingerprint", _fingerprint(said, "site-client init", programs.log(log)))
     _set_policy(site / "site.yaml")
-    programs.run(log, "central", "admit", state, hospital.request, "--output", admission)
+    programs.run(log, "central", "admit", state, hospital.request, *own, "--output", admission)
     programs.run(log, "site-client", "accept", site, admission, "--fingerprint", fingerprint)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from central import serve
 from central.federation import Federation
+from central.registry import SiteRegistry
 from central.serve import _Nodes
 from sspformer.contract.errors import Refused
 from sspformer.contract.supervise import Supervisor
@@ -106,3 +107,28 @@ def test_a_superlink_that_hangs_is_one_line(federation: Federation, flwr: Flwr) 
     Supervisor(federation.root / "logs", say=lines.append, every=_Nodes(federation).settle).keep_house()
     assert lines == ["A program took longer than 15 s. Trying again in 1 s."]
     assert not (federation.root / "flwr" / "nodes.json").exists()
+
+
+def test_the_node_of_a_removed_site_is_unregistered(federation: Federation, flwr: Flwr) -> None:
+    nodes = _Nodes(federation)
+    nodes.settle()
+    SiteRegistry(federation.sites_path).remove("alpha")
+    nodes.settle()
+    nodes.settle()
+    assert flwr.calls[2:] == [("unregister", "1001")]
+    SiteRegistry(federation.sites_path).remove("bravo")
+    _Nodes(federation).settle()  # also one that was removed while nothing was served
+    assert flwr.calls[3:] == [("unregister", "1002")]
+    assert (federation.root / "flwr" / "nodes.json").read_text() == "{}"
+
+
+def test_a_node_that_cannot_be_unregistered_is_tried_again(federation: Federation, flwr: Flwr) -> None:
+    nodes = _Nodes(federation)
+    nodes.settle()
+    SiteRegistry(federation.sites_path).remove("alpha")
+    flwr.refuse.add("1001")
+    with pytest.raises(Refused, match="unregister site alpha"):
+        nodes.settle()
+    flwr.refuse.clear()
+    nodes.settle()
+    assert list(nodes.known or ()) == ["bravo"]

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from central.app import GridTransport
 from central.rounds import Reply, Request
+from sspformer.contract.errors import Code, Refused
 
 REQUEST = Request(b"plan", b"task", b"tensors", 1, "train", 60.0)
 NAMES = ("alpha", "bravo", "charlie")
@@ -58,14 +59,20 @@ KEYS = {name: key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) 
 SITES = {name: key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() for name, key in PRIVATE.items()}
 
 
-def received(mail: dict[str, Any]) -> dict[str, Reply]:
-    """Send to three sites, then receive twice."""
-    transport = GridTransport(Grid(mail), SITES)  # type: ignore[arg-type]
+def sending(mail: dict[str, Any], sites: Callable[[], dict[str, str]]) -> GridTransport:
+    """A transport that has asked three sites."""
+    transport = GridTransport(Grid(mail), sites)  # type: ignore[arg-type]
     assert list(transport.online()) == list(NAMES)
     transport._message = staticmethod(  # type: ignore[method-assign]
         lambda node, request: SimpleNamespace(metadata=SimpleNamespace(dst_node_id=node))
     )
     transport.send(dict.fromkeys(NAMES, REQUEST))
+    return transport
+
+
+def received(mail: dict[str, Any]) -> dict[str, Reply]:
+    """Send to three sites, then receive twice."""
+    transport = sending(mail, lambda: SITES)
     replies = [*transport.receive(), *transport.receive()]
     assert len(replies) == len({reply.site for reply in replies})
     return {reply.site: reply for reply in replies}
@@ -121,3 +128,25 @@ def test_a_site_cannot_answer_in_the_name_of_another() -> None:
 def test_a_superlink_that_is_gone_is_no_failure_of_a_site() -> None:
     with pytest.raises(httpx.ConnectError):
         received({"id-1": raising(httpx.ConnectError("refused"))})
+
+
+def test_a_removed_site_is_asked_no_more_and_its_answer_is_not_taken() -> None:
+    sites = dict(SITES)
+    transport = sending({"id-0": good("alpha"), "id-1": good("bravo")}, lambda: sites)
+    del sites["bravo"]
+    assert list(transport.online()) == ["alpha", "charlie"]
+    replies = {reply.site: reply for reply in transport.receive()}
+    assert replies["alpha"].code is None
+    assert (replies["bravo"].code, replies["bravo"].tensors) == ("E-SIGNATURE", b"")
+
+
+def test_a_register_that_is_damaged_in_the_middle_of_a_run_does_not_end_it() -> None:
+    looks = iter([SITES, SITES])
+
+    def sites() -> dict[str, str]:
+        try:
+            return next(looks)
+        except StopIteration:
+            raise Refused(Code.STATE, "sites.json is damaged.", "Restore it.") from None
+
+    assert list(sending({}, sites).online()) == list(NAMES)

@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from central.admission import admit, admit_file
 from central.federation import Federation
 from site_client import join as join_module
 from site_client.folder import SiteFolder
@@ -21,6 +20,8 @@ from sspformer.contract import joining
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.joining import Admission
 from sspformer.contract.keys import fingerprint, load_public, public_pem
+from tests.trust import admit_request as admit
+from tests.trust import admit_request_file as admit_file
 from tests.trust import make_federation
 
 
@@ -245,8 +246,8 @@ def test_the_whole_way_by_the_commands(tmp_path):
     told = next(line for line in made.output.splitlines() if "Fingerprint" in line).split()[-1]
     seen = next(line for line in asked.output.splitlines() if "Fingerprint" in line).split()[-1]
     answer = str(tmp_path / "admission.json")
-    let_in = run(central, ["admit", state, f"{site}/request.json", "-o", answer])
-    assert seen in let_in.output
+    let_in = run(central, ["admit", state, f"{site}/request.json", "--fingerprint", seen, "-o", answer])
+    assert let_in.exit_code == 0
     joined = run(site_client, ["accept", site, answer, "--fingerprint", told])
     assert joined.exit_code == 0
     assert "joined demo" in joined.output
