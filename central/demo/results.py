@@ -122,7 +122,7 @@ def _site(hospital: Hospital, out: Path, plans: tuple[RunPlan, RunPlan]) -> Site
 
 
 def _history(hospital: Hospital, plan: RunPlan) -> list[HistoryPoint]:
-    """A site's own curve. Of a round that was asked, and scored, twice the first time counts; a torn line never does."""
+    """A site's own curve. Of a round that was scored twice the first time counts; a torn line never does."""
     points: dict[int, float] = {}
     path = hospital.folder / "history" / f"{plan.run}.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
