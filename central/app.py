@@ -22,10 +22,9 @@ from central.app_bundle import STATE_VARIABLE
 from central.federation import Federation
 from central.registry import Publication, SiteRegistry
 from central.rounds import Reply, Request, Run, run_rounds
-from central.store import RunStore, head_shapes
+from central.store import RUN_NAME, RunStore, head_shapes, open_run, runs_folder
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.supervise import die_with_parent
-from sspformer.contract.task import open_plan
 from sspformer.contract.tensors import DTYPE, STYPE
 
 _UPDATE, _CONFIG, _METRICS = "update", "config", "metrics"
@@ -39,22 +38,33 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds of the run that the run configuration names."""
     die_with_parent()
     federation = Federation.open(Path(os.environ[STATE_VARIABLE]))
-    store = RunStore(federation.root / "runs" / str(context.run_config["run"]))
-    key = federation.signing_key()
-    plan = open_plan(store.plan, [key.public_key()])
+    name = str(context.run_config["run"])
     registry = SiteRegistry(federation.sites_path)
 
     def admitted() -> dict[str, str]:
         return {site.name: site.node_public_key for site in registry.sites()}
 
-    sites = tuple(sorted(admitted()))
-    shapes = head_shapes(Publication(federation).blob_path(plan.head))
+    try:
+        key = federation.signing_key()
+        store, plan = open_run(federation, name)
+        sites = tuple(sorted(admitted()))
+        shapes = head_shapes(Publication(federation).blob_path(plan.head))
+    except Refused as refusal:  # whoever submitted the run waits for its folder to say something
+        _say_failed(federation, name, refusal)
+        raise
     with store.locked(wait_s=10.0):
         try:
             run_rounds(Run(plan, sites, shapes, store, key, GridTransport(grid, admitted)))
         except Refused as refusal:
             store.set_status("failed", code=refusal.code.value, message=str(refusal), round=store.last_round())
             raise
+
+
+def _say_failed(federation: Federation, name: str, refusal: Refused) -> None:
+    """Write why a run was not even taken up, unless there is no such run or a living process works on it."""
+    store = RunStore(runs_folder(federation) / name)
+    if RUN_NAME.fullmatch(name) and store.folder.is_dir() and not store.is_held():
+        store.set_status("failed", code=refusal.code.value, message=str(refusal), round=store.last_round())
 
 
 class GridTransport:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from central.federation import Federation
 from central.registry import Publication, SiteRegistry
-from central.store import RunStore, head_shapes, write_head
-from central.submit import runs_folder
+from central.store import head_shapes, open_run, runs_folder, write_head
+from sspformer.contract.canonical import digest_file
 from sspformer.contract.errors import Code, Refused
-from sspformer.contract.task import open_plan
 
 
 def describe(root: Path) -> list[str]:
@@ -27,9 +26,8 @@ def describe(root: Path) -> list[str]:
         lines.append("  nothing published")
     lines += [f"  site {site.name}, since {site.since}" for site in SiteRegistry(federation.sites_path).sites()]
     for folder in sorted(runs_folder(federation).glob("*/plan.json")):
-        store = RunStore(folder.parent)
+        store, plan = open_run(federation, folder.parent.name)
         status = store.status()
-        plan = open_plan(store.plan, [federation.signing_key().public_key()])
         state = str(status["state"])
         if state in ("waiting", "running", "delivering") and not store.is_held():
             state = f"interrupted; continue with: central run {root} --resume {plan.run}"
@@ -41,11 +39,11 @@ def export_head(root: Path, run: str, output: Path, after: int | None = None) ->
     """Write the published head plus the global difference after a round.
 
     Raises:
-        Refused: E-STATE, there is no such run or no such round; E-DIGEST, the plan's head is no longer published.
+        Refused: as `open_run`; E-STATE, there is no such round; E-DIGEST, the plan's head is no longer published, or
+            the file that bears its digest is another one.
     """
     federation = Federation.open(root)
-    store = RunStore(runs_folder(federation) / run)
-    plan = open_plan(store.plan, [federation.signing_key().public_key()])
+    store, plan = open_run(federation, run)
     published = Publication(federation).blob_path(plan.head)
     number = store.last_round() if after is None else after
     if number < 1 or not store.checkpoint(number).exists():
@@ -53,6 +51,12 @@ def export_head(root: Path, run: str, output: Path, after: int | None = None) ->
             Code.STATE,
             f"Run {run} has no head after round {number}; {store.last_round()} rounds are closed.",
             "Choose a closed round with --round, or run on.",
+        )
+    if not published.is_file() or digest_file(published) != plan.head:
+        raise Refused(
+            Code.DIGEST,
+            f"{published} is not the head that run {run} started from.",
+            "Publish that head again, or restore the file from the backup of the coordinator's folder.",
         )
     digest = write_head(published, store.head(number, head_shapes(published)), output)
     return [f"Wrote the global head of run {run} after round {number} to {output} ({digest})."]

@@ -26,11 +26,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from central.federation import Federation
 from sspformer.contract.artifact import read_header
 from sspformer.contract.durable import write_file
 from sspformer.contract.errors import Code, Refused
+from sspformer.contract.plan import RunPlan
+from sspformer.contract.task import open_plan
 from sspformer.contract.tensors import Delta, Shapes, digest_tensors
 
+RUN_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
 
 
@@ -247,6 +251,33 @@ class RunStore:
             f"{path} {reason}.",
             f"Remove {path.name} (and a .state file of that round): the run resumes from the round before.",
         )
+
+
+def runs_folder(federation: Federation) -> Path:
+    """Folder of all runs."""
+    return federation.root / "runs"
+
+
+def open_run(federation: Federation, name: str) -> tuple[RunStore, RunPlan]:
+    """Open an existing run by its name, and check that the plan in its folder is this run's.
+
+    Raises:
+        Refused: E-CONFIG, the name is none (a path, say); E-STATE, there is no such run; E-SIGNATURE or E-FORMAT, its
+            plan is not ours; E-PLAN, it is the plan of another run.
+    """
+    if not RUN_NAME.fullmatch(name):  # before it becomes a part of a path
+        raise Refused(
+            Code.CONFIG, "The name of a run has lower-case letters, digits and dashes only.", "central status STATE"
+        )
+    store = RunStore(runs_folder(federation) / name)
+    plan = open_plan(store.plan, [federation.signing_key().public_key()])
+    if plan.run != name:
+        raise Refused(
+            Code.PLAN,
+            f"{store.folder} holds the plan of run {plan.run}.",
+            "Restore that folder from the backup of the coordinator's folder.",
+        )
+    return store, plan
 
 
 def head_shapes(path: Path) -> dict[str, tuple[int, ...]]:

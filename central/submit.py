@@ -15,13 +15,20 @@ from rich.console import Console
 from central.app_bundle import CONNECTION, bundle_folder, flower_environment, prepare_flower_home, program
 from central.federation import Federation
 from central.registry import Publication, SiteRegistry
-from central.store import RoundRecord, RunStore
+from central.store import RoundRecord, RunStore, open_run, runs_folder
+from sspformer.contract.durable import make_private_folder, write_file
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.plan import RunPlan
 from sspformer.contract.settings import load_settings
-from sspformer.contract.task import open_plan, seal_plan
+from sspformer.contract.task import seal_plan
 
 START_S = 90.0  # how long a submitted server app may take to take up its run
+FLWR_S = 120.0  # how long one of Flower's commands may take
+FEW_SITES = 3
+FEW_SITES_WARNING = (
+    "with fewer than three hospitals each can work out the other's update from the global head; "
+    "only differential privacy stands between them."
+)
 MAX_LOSSES = 3  # server apps that may die in a row without closing a round
 _POLL_S = 0.25
 
@@ -48,8 +55,10 @@ def run_plan(root: Path, plan_path: Path) -> None:
             "Admit sites, or lower it.",
         )
     _check_served(federation)
+    console = Console()
+    warn_of_few_sites(federation, console)
     store = RunStore.create(runs_folder(federation) / plan.run, seal_plan(plan, federation.signing_key()))
-    _Follower(federation, store, plan, Console()).follow()
+    _Follower(federation, store, plan, console).follow()
 
 
 def resume_run(root: Path, run: str) -> None:
@@ -59,10 +68,18 @@ def resume_run(root: Path, run: str) -> None:
         Refused: as `run_plan`.
     """
     federation = Federation.open(root.absolute())
-    store = RunStore(runs_folder(federation) / run)
-    plan = open_plan(store.plan, [federation.signing_key().public_key()])
+    store, plan = open_run(federation, run)
     _check_served(federation)
-    _Follower(federation, store, plan, Console()).follow()
+    console = Console()
+    warn_of_few_sites(federation, console)
+    _Follower(federation, store, plan, console).follow()
+
+
+def warn_of_few_sites(federation: Federation, console: Console) -> None:
+    """Say what two hospitals can learn of each other; the run goes on."""
+    count = len(SiteRegistry(federation.sites_path).sites())
+    if count < FEW_SITES:
+        console.print(f"Warning: {count} admitted: {FEW_SITES_WARNING}", highlight=False, soft_wrap=True)
 
 
 def read_plan(path: Path, federation: Federation) -> RunPlan:
@@ -88,11 +105,6 @@ def read_plan(path: Path, federation: Federation) -> RunPlan:
         key = ".".join(str(part) for part in first["loc"])
         reason = "is not known" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise Refused(Code.CONFIG, f"{path}: key '{key or 'plan'}': {reason}.", "Correct it and run again.") from None
-
-
-def runs_folder(federation: Federation) -> Path:
-    """Folder of all runs."""
-    return federation.root / "runs"
 
 
 @dataclass
@@ -154,7 +166,7 @@ class _Follower:
     def _submit(self) -> None:
         """Have Flower start a server app for the run and wait until it has taken the run up."""
         if self._flower_run is not None:
-            self._flwr("stop", self._flower_run, CONNECTION)
+            self._flwr("stop", self._flower_run, CONNECTION, may_fail=True)  # it may have ended by itself
         prepare_flower_home(self.federation)
         self.store.set_status("waiting", round=self.store.last_round(), rounds=self.plan.rounds)
         said = self._flwr(
@@ -166,7 +178,7 @@ class _Follower:
             raise Refused(
                 Code.STATE,
                 "The SuperLink did not take the run.",
-                f"Read {self.federation.root / 'logs' / 'superlink.log'}; then run with --resume {self.plan.run}",
+                f"Read {self.federation.root / 'logs' / 'flwr.log'}; then run with --resume {self.plan.run}",
             )
         deadline = time.monotonic() + START_S
         while not self.store.is_held() and self.store.status()["state"] == "waiting":
@@ -178,14 +190,37 @@ class _Follower:
                 )
             time.sleep(_POLL_S)
 
-    def _flwr(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [program("flwr"), *arguments],
-            env=flower_environment(self.federation),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    def _flwr(self, *arguments: str, may_fail: bool = False) -> str:
+        """Call one of Flower's commands; what it printed replaces the last one's in a log.
+
+        Raises:
+            Refused: E-STATE, it failed or took too long.
+        """
+        log = self.federation.root / "logs" / "flwr.log"
+        try:
+            done = subprocess.run(
+                [program("flwr"), *arguments],
+                env=flower_environment(self.federation),
+                capture_output=True,
+                text=True,
+                timeout=FLWR_S,
+            )
+        except subprocess.TimeoutExpired:
+            if may_fail:
+                return ""
+            raise Refused(
+                Code.STATE,
+                f"The SuperLink did not answer `flwr {arguments[0]}` within {FLWR_S:.0f} s.",
+                f"Read {self.federation.root / 'logs' / 'superlink.log'}; then run with --resume {self.plan.run}",
+            ) from None
+        make_private_folder(log.parent)
+        write_file(log, (done.stdout + done.stderr).encode())
+        if done.returncode != 0 and not may_fail:
+            raise Refused(
+                Code.STATE,
+                f"`flwr {arguments[0]}` ended with status {done.returncode}.",
+                f"Read {log}; then run with --resume {self.plan.run}",
+            )
         return done.stdout
 
     def _show_rounds(self) -> None:

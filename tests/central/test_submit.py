@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from central import app as central_app
+from central import submit
+from central.app_bundle import STATE_VARIABLE
 from central.federation import Federation
 from central.registry import Publication
 from central.status import describe, export_head
-from central.store import RoundRecord, RunStore, head_shapes
-from central.submit import read_plan, resume_run, round_line, run_plan, runs_folder
+from central.store import RoundRecord, RunStore, head_shapes, open_run, runs_folder
+from central.submit import read_plan, resume_run, round_line, run_plan
 from sspformer.contract.artifact import read_header
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.task import open_plan, seal_plan
@@ -115,3 +121,129 @@ def test_status_and_export_of_an_interrupted_run(tmp_path: Path, federation: Fed
     assert read_header(target).tensors == read_header(published).tensors
     with pytest.raises(Refused, match="no head after round 2"):
         export_head(federation.root, "one", target, after=2)
+
+
+def with_round(tmp_path: Path, federation: Federation) -> Path:
+    """A run with one closed round; gives where its published head lies."""
+    plan = read_plan(plan_file(tmp_path, "run: one\nrounds: 2\n"), federation)
+    store = RunStore.create(runs_folder(federation) / "one", seal_plan(plan, federation.signing_key()))
+    published = Publication(federation).blob_path(plan.head)
+    delta = {name: np.zeros(shape, np.float32) for name, shape in head_shapes(published).items()}
+    store.commit(RoundRecord(1, ("alpha",), {}, 2.0, {}, {}, 0.1, digest_tensors(delta), 0.0), delta, {})
+    return published
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_head_is_not_exported_on_top_of_another_published_file(
+    tmp_path: Path, federation: Federation, damage: str
+) -> None:
+    published = with_round(tmp_path, federation)
+    shapes = head_shapes(published)
+    data = bytearray(published.read_bytes())
+    data[-1] ^= 1
+    published.write_bytes(data) if damage == "flipped" else published.unlink()
+    assert damage == "gone" or head_shapes(published) == shapes
+    with pytest.raises(Refused) as refusal:
+        export_head(federation.root, "one", tmp_path / "head.safetensors")
+    assert refusal.value.code is Code.DIGEST
+    assert not (tmp_path / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["../one", "runs/one", "/etc", "One", "", "one\n", "."])
+def test_a_run_name_that_is_a_path_is_refused_before_it_is_one(federation: Federation, name: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        open_run(federation, name)
+    assert refusal.value.code is Code.CONFIG
+    with pytest.raises(Refused):
+        export_head(federation.root, name, federation.root / "out")
+
+
+def test_a_folder_with_the_plan_of_another_run_is_refused(tmp_path: Path, federation: Federation) -> None:
+    with_round(tmp_path, federation)
+    (runs_folder(federation) / "one").rename(runs_folder(federation) / "two")
+    for act in (lambda: open_run(federation, "two"), lambda: export_head(federation.root, "two", tmp_path / "out")):
+        with pytest.raises(Refused) as refusal:
+            act()
+        assert refusal.value.code is Code.PLAN
+
+
+def take_up(federation: Federation, run: str, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Call the server app as SuperExec does."""
+    monkeypatch.setitem(os.environ, STATE_VARIABLE, str(federation.root))
+    monkeypatch.setattr(central_app, "die_with_parent", lambda: None)
+    with pytest.raises(Refused) as refusal:
+        central_app.main(None, SimpleNamespace(run_config={"run": run}))
+    return refusal.value
+
+
+@pytest.mark.parametrize("damaged", ["plan", "sites", "head"])
+def test_a_server_app_that_cannot_start_a_run_says_why_in_its_folder(
+    tmp_path: Path, federation: Federation, damaged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = with_round(tmp_path, federation)
+    store = RunStore(runs_folder(federation) / "one")
+    store.set_status("waiting", round=1, rounds=2)
+    path = {"plan": store.folder / "plan.json", "sites": federation.sites_path, "head": published}[damaged]
+    path.write_bytes(b"{")
+    refusal = take_up(federation, "one", monkeypatch)
+    status = store.status()
+    assert (status["state"], status["code"], status["message"]) == ("failed", refusal.code.value, str(refusal))
+
+
+def test_a_server_app_of_a_run_that_is_a_path_writes_nothing(
+    tmp_path: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_round(tmp_path, federation)
+    before = sorted(federation.root.rglob("*"))
+    assert take_up(federation, "../runs/one", monkeypatch).code is Code.CONFIG
+    assert sorted(federation.root.rglob("*")) == before
+
+
+def served(tmp_path: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch, sites: int) -> Path:
+    for name in ("alpha", "bravo", "charlie")[:sites]:
+        join(federation, tmp_path / name, name)
+    monkeypatch.setattr(submit, "_check_served", lambda _: None)
+    return plan_file(tmp_path, "run: one\nrounds: 1\nquorum: 1\n")
+
+
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+def test_a_flower_command_that_fails_or_hangs_is_one_refusal_that_names_a_log(
+    tmp_path: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path = served(tmp_path, federation, monkeypatch, 1)
+
+    def flwr(command: list[str], **options: float) -> subprocess.CompletedProcess[str]:
+        if how == "hangs":
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 1, "out", "\nTraceback: no")
+
+    monkeypatch.setattr(submit.subprocess, "run", flwr)
+    with pytest.raises(Refused) as refusal:
+        run_plan(federation.root, path)
+    assert refusal.value.code is Code.STATE
+    assert "\n" not in str(refusal.value)
+    assert "--resume one" in str(refusal.value)
+    assert ("flwr.log" if how == "fails" else "superlink.log") in str(refusal.value)
+    if how == "fails":
+        assert "Traceback: no" in (federation.root / "logs" / "flwr.log").read_text()
+
+
+@pytest.mark.parametrize(("sites", "warned"), [(1, True), (2, True), (3, False)])
+def test_fewer_than_three_hospitals_are_warned_of(
+    tmp_path: Path,
+    federation: Federation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sites: int,
+    warned: bool,
+) -> None:
+    path = served(tmp_path, federation, monkeypatch, sites)
+    monkeypatch.setattr(submit._Follower, "follow", lambda self: None)
+    run_plan(federation.root, path)
+    expected = (
+        "with fewer than three hospitals each can work out the other's update from the global head; "
+        "only differential privacy stands between them"
+    )
+    assert (expected in capsys.readouterr().out) == warned
+    resume_run(federation.root, "one")
+    assert (expected in capsys.readouterr().out) == warned
