@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -16,6 +19,7 @@ from sspformer.contract import gateway_pb2, gateway_pb2_grpc
 from sspformer.contract.errors import Code, Refused
 
 CHUNK_BYTES = 1 << 20
+STREAMS_PER_SITE = 4  # a stream holds one of the server's threads until the site has read it
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class AdmittedOnly(grpc.ServerInterceptor):
 
     def __init__(self, registry: SiteRegistry) -> None:
         self._registry = registry
+        self._streams: Counter[str] = Counter()
+        self._counting = threading.Lock()
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
@@ -97,19 +103,38 @@ class AdmittedOnly(grpc.ServerInterceptor):
     def _guard_stream(self, handle: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
         def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             try:
-                self._check(context)
-                yield from handle(request, context)
+                with self._stream(self._check(context), context):
+                    yield from handle(request, context)
             except Exception as error:
                 _abort(context, error)
 
         return guarded
 
-    def _check(self, context: grpc.ServicerContext) -> None:
+    @contextmanager
+    def _stream(self, site: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """Count a site's streams, so that one site cannot hold all threads of the server."""
+        with self._counting:
+            full = self._streams[site] >= STREAMS_PER_SITE
+            if not full:
+                self._streams[site] += 1
+        if full:
+            _log.warning("refused a call: site %s has %d streams open", site, STREAMS_PER_SITE)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, Code.GATEWAY)
+        try:
+            yield
+        finally:  # also when the peer is gone: gRPC then closes the generator
+            with self._counting:
+                self._streams[site] -= 1
+
+    def _check(self, context: grpc.ServicerContext) -> str:
+        """Return the name of the site that calls; end the call of anyone else."""
         serial = peer_serial(context)
         site = self._registry.find(serial) if serial is not None else None
         if site is None:
             _log.warning("refused a call: certificate %x is not admitted", serial or 0)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, Code.GATEWAY)
+            raise AssertionError("abort does not return")
+        return site.name
 
 
 def peer_serial(context: grpc.ServicerContext) -> int | None:

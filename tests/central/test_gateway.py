@@ -10,8 +10,9 @@ import time
 import grpc
 import pytest
 
+from central.gateway import service
 from central.gateway.server import make_server
-from central.gateway.service import CHUNK_BYTES, GatewayService
+from central.gateway.service import CHUNK_BYTES, STREAMS_PER_SITE, GatewayService
 from central.registry import Publication
 from sspformer.contract import gateway_pb2
 from sspformer.contract.errors import Code, Refused
@@ -86,6 +87,56 @@ def test_a_server_key_open_to_others_is_refused(federation):
     federation.server_key_path.chmod(0o644)
     with pytest.raises(Refused, match="other users"):
         make_server(federation, 0)
+
+
+def held_streams(gateway, digest: str, count: int) -> tuple[list[grpc.Call], list[tuple[grpc.StatusCode, str]]]:
+    """Open streams and read one chunk of each and no more; give those that are served, and the errors of the others."""
+    calls = [gateway._stub.FetchBlob(gateway_pb2.BlobRequest(digest=digest)) for _ in range(count)]
+    served, errors = [], []
+    for call in calls:
+        try:
+            next(call)
+            served.append(call)
+        except grpc.RpcError as error:
+            errors.append((error.code(), error.details()))
+    return served, errors
+
+
+@pytest.fixture
+def two_sites(federation, tmp_path):
+    publish(federation, tmp_path / "models", size=16 * MIB)
+    sites = join(federation, tmp_path / "alpha", "alpha"), join(federation, tmp_path / "bravo", "bravo")
+    return (*sites, Publication(federation).manifest().encoder.digest)
+
+
+def test_one_site_cannot_hold_all_streams(federation, two_sites):
+    alpha, bravo, digest = two_sites
+    with serving(federation) as port, client(alpha, port) as greedy, client(bravo, port) as other:
+        held, errors = held_streams(greedy, digest, 40)
+        assert len(held) == STREAMS_PER_SITE
+        assert set(errors) == {(grpc.StatusCode.RESOURCE_EXHAUSTED, "E-GATEWAY")}
+        assert other.fetch_manifest()[0].sequence == 1
+        assert len(held_streams(other, digest, 1)[0]) == 1
+        for call in held:
+            call.cancel()
+        deadline = time.monotonic() + 10
+        while not held_streams(greedy, digest, 1)[0]:  # what it let go of is its own again
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_mutant_without_the_bound_lets_one_site_hold_them_all(federation, two_sites, monkeypatch):
+    alpha, bravo, digest = two_sites
+    monkeypatch.setattr(service, "STREAMS_PER_SITE", 1000)
+    with serving(federation) as port, client(alpha, port) as greedy, client(bravo, port) as other:
+        held = [greedy._stub.FetchBlob(gateway_pb2.BlobRequest(digest=digest)) for _ in range(64)]
+        for call in held:
+            next(call)
+        with pytest.raises(grpc.RpcError) as error:
+            other._stub.FetchManifest(gateway_pb2.ManifestRequest(), timeout=2)
+        assert error.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+        for call in held:
+            call.cancel()
 
 
 def start(federation) -> subprocess.Popen[str]:
