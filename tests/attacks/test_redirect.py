@@ -30,7 +30,7 @@ class Sink(ThreadingHTTPServer):
 class _Taking(BaseHTTPRequestHandler):
     server: Sink
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self.server.arrived.append(self.rfile.read(int(self.headers["content-length"])))
         self.send_response(200)
         self.send_header("content-length", "0")
@@ -55,7 +55,7 @@ class Redirecting(ThreadingHTTPServer):
 class _Redirect(BaseHTTPRequestHandler):
     server: Redirecting
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self.server.asked += 1
         self.rfile.read(int(self.headers["content-length"]))
         self.send_response(307)
