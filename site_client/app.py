@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from site_client.logs import Event, event
 from site_client.runs import Runs
 from sspformer.contract.durable import make_private_folder, write_secret
 from sspformer.contract.errors import Code, Refused
@@ -104,13 +105,22 @@ def answer(
             if not runs.is_delivered(task):  # an old final head must not replace a newer run's
                 finish_function(site, plan, delta)
                 runs.note(task)
+            event(Event.FINISHED)
             return Answer()
-        return _kept(site.folder, task) or _train(site, plan, task, delta, round_function)
+        kept = _kept(site.folder, task)
+        if kept is not None:
+            event(Event.REPEATED, round=task.round)
+            return kept
+        said = _train(site, plan, task, delta, round_function)
+        event(Event.TRAINED, round=task.round)
+        return said
     except Refused as refusal:
-        _LOG.warning("%s", refusal)
+        _LOG.warning("%s", refusal, exc_info=True)
+        event(refusal.code)
         return Answer(code=refusal.code.value)
     except Exception:
         _LOG.exception("a round failed")
+        event(Code.INTERNAL)
         return Answer(code=Code.INTERNAL.value)
 
 
