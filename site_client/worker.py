@@ -46,6 +46,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from site_client.app import FinishFunction, RoundFunction, SiteLike, client_app, refusal_of
+from site_client.logs import Event, event, open_logs
 from site_client.start import READY_FILE
 from sspformer.contract.durable import read_secret, write_file
 from sspformer.contract.errors import Code, Refused
@@ -54,6 +55,7 @@ from sspformer.contract.supervise import die_with_parent
 POLL_S = 0.1  # pause between looks for a task, on loopback
 IDLE_POLL_S = 0.5  # after IDLE_AFTER_S without a task nobody is in the middle of a run
 IDLE_AFTER_S = 60.0
+AWAY_S = 1.0  # pause after a SuperNode did not answer, or answered nonsense
 BACKOFF_S = 0.05  # a task is visible a moment before its tensors are; Flower's own first pause is 1 s
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _LOG = logging.getLogger("site_client")
@@ -88,7 +90,12 @@ class Runner:
             # Only client apps: an agent app or a connector would be code of the coordinator's choice.
             claim = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         except httpx.HTTPError:
-            time.sleep(1.0)
+            time.sleep(AWAY_S)
+            return False
+        except Exception:
+            _LOG.exception("an answer of the SuperNode cannot be read")
+            event(Code.FORMAT)
+            time.sleep(AWAY_S)
             return False
         if not claim.HasField("task") or not claim.token:
             return False
@@ -98,6 +105,11 @@ class Runner:
         except httpx.HTTPError as error:
             # The SuperNode went away in between. The reply is on disk; the coordinator asks again.
             _LOG.warning("the SuperNode did not take part to the end (%s)", type(error).__name__)
+            event(Event.NODE_AWAY)
+        except Exception:
+            # A message that Flower itself cannot unpack. It has been answered as failed; the next one may be sound.
+            _LOG.exception("a task cannot be worked on")
+            event(Code.FORMAT)
         finally:
             client.close()
         return True
@@ -112,9 +124,11 @@ class Runner:
             push_message(client, self._answer(message, context), context)
             status, details = SubStatus.COMPLETED, ""
         finally:
-            push_task_output(client, context, status, details)
-            if heartbeat.is_running:
-                heartbeat.stop()
+            try:
+                push_task_output(client, context, status, details)
+            finally:
+                if heartbeat.is_running:
+                    heartbeat.stop()
 
     def _answer(self, message: Message, context: Context) -> Message:
         try:
@@ -122,6 +136,7 @@ class Runner:
         except Exception:
             # A message of a kind that our coordinator never sends. Without an answer the SuperNode would wait for ever.
             _LOG.exception("a message could not be answered")
+            event(Code.FORMAT)
             return refusal_of(message, Code.FORMAT)
 
     def _connect(self, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
@@ -178,9 +193,6 @@ def main(
     parser.add_argument("site", type=Path)
     parser.add_argument("--runtime-api", required=True, help="host:port of the SuperNode's runtime API")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every look for a task
-    secret = read_secret(options.site / "keys" / "superexec.secret", "the secret of SuperNode and worker")
     if open_site is None:
         from site_client.site import Site
 
@@ -189,12 +201,18 @@ def main(
         from site_client.local_round import finish, local_round
 
         round_function, finish_function = round_function or local_round, finish_function or finish
+    open_logs(options.site, sys.stderr)
     try:
+        secret = read_secret(options.site / "keys" / "superexec.secret", "the secret of SuperNode and worker")
         site = open_site(options.site)
     except Refused as refusal:
-        raise SystemExit(str(refusal)) from None  # the supervisor shows this line
+        _LOG.error("%s", refusal)
+        # The supervisor shows this line: the code and no more, for it is in worker.log, too.
+        operator = "logs/operator.log in the site's folder"
+        raise SystemExit(f"{refusal.code}: the site cannot be opened. Next: read {operator}.") from None
     runner = Runner(options.runtime_api, secret, client_app(site, round_function, finish_function))
     write_file(options.site / READY_FILE, b"")
+    event(Event.READY)
     runner.serve()
 
 
