@@ -2,7 +2,8 @@
 # make test     every test;  make check: lint, types, import rules;  make bench: ratios, side by side
 #
 # The first target that needs it makes .venv from requirements.lock. PYTHON= names the interpreter (3.11),
-# SITES="dir dir dir" gives the demo your own BIDS folders, OUT= says where it writes.
+# SITES="dir dir dir" gives the demo your own BIDS folders, OUT= says where it writes. Folders with a space in their name:
+# .venv/bin/central demo --site "one folder" --site "another folder".
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,7 +13,7 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+override READY := $(VENV)/.ready
 OUT ?= runs/demo
 SITES ?=
 PYTEST_ARGS ?=
@@ -27,8 +28,10 @@ install: $(READY) ## Make .venv from requirements.lock
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"the lock file is for Python 3.11, {sys.executable} is {v[0]}.{v[1]}. Next: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11")'
-	@echo "First use: making $(VENV) from requirements.lock (some minutes, once)"
-	@$(PYTHON) -m venv --clear $(VENV)
+	@if [ -d "$(VENV)" ] && [ -n "$$(ls -A "$(VENV)")" ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
+	  echo "$(VENV) is not empty and no virtual environment; nothing was touched. Next: name another, VENV=folder." >&2; exit 2; fi
+	@echo "First use, or the lock has changed: making $(VENV) from requirements.lock (some minutes)"
+	@$(PYTHON) -m venv "$(VENV)"
 	@echo "  1/3 pinned and hashed packages ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	@echo "  2/3 torch ..."

@@ -21,7 +21,7 @@ from sspformer.contract.plan import LocalTraining, RunPlan
 from sspformer.contract.settings import load_settings
 from sspformer.evaluate import METRICS, evaluate
 from sspformer.finetune import train
-from sspformer.predict import check_target, predict, save_prediction
+from sspformer.predict import advice, check_target, predict, save_prediction
 from sspformer.reference import ENCODER, HEAD
 
 DEFAULT_STEPS = 120
@@ -68,7 +68,7 @@ def finetune_alone(
         scored = evaluate(workspace.cohort, workspace.task, heads, baselines=False)
         lines += [f"  PSNR inside the head, {len(workspace.cohort.test)} held-out patients: " + ", ".join(
             f"{name} {scored.mean(name, 'psnr'):.2f} dB" for name in scored.scores)]  # fmt: skip
-    return lines + _skipped(workspace)
+    return lines + workspace.cohort.skipped_lines()
 
 
 def evaluate_site(
@@ -104,32 +104,31 @@ def evaluate_site(
         np.savez_compressed(packed, **scored.pictures)  # type: ignore[arg-type]
         write_secret(pictures_path, packed.getvalue())
     table = [f"{name:<10} PSNR {m['psnr']:6.2f} dB  SSIM {m['ssim']:.3f}" for name, m in methods.items()]
-    return [f"{len(workspace.cohort.test)} held-out patients, inside the head:", *table, *_skipped(workspace)]
+    return [
+        f"{len(workspace.cohort.test)} held-out patients, inside the head:",
+        *table,
+        *workspace.cohort.skipped_lines(),
+    ]
 
 
 def apply_head(
     root: Path, source: Path, target: Path, head_path: Path | None, contrast: str | None, progress: Progress
 ) -> list[str]:
-    """Denoise one scan with the site's current head (or the warm one where no run has ended yet)."""
+    """Denoise one scan: with the last run's head, or else the one that this site trained alone, or else the warm one."""
     check_target(target)
     files = SiteFolder.open(root)
     torch.set_num_threads(files.config.threads)
     artifacts = _artifacts(files, None)
-    current = root / "heads" / "current.safetensors"
-    chosen = head_path or (current if current.exists() else artifacts.head)
+    trained = [root / "heads" / name for name in ("current.safetensors", "local.safetensors")]
+    chosen = head_path or next((path for path in trained if path.exists()), artifacts.head)
     encoder, arch = load_encoder(artifacts.encoder, artifacts.encoder_digest)
     encoder_digest = file_digest(artifacts.encoder)
     head, _ = load_head(chosen, of=arch, encoder_digest=encoder_digest)
     result = predict(source, encoder, head.eval(), contrast, lambda done, total: progress("slices", done, total))
     facts = {"Encoder": encoder_digest, "Head": file_digest(chosen), "Task": "denoise"}
     save_prediction(result, source, target, facts)
-    lines = [f"{target}: {'x'.join(map(str, result.data.shape))}, on the grid of {source.name}"]
-    if result.noise_sigma < 0.03:
-        lines.append(
-            f"  The input's noise is about {result.noise_sigma:.3f}; the head was trained for 0.10 and may smooth away "
-            "fine detail of so clean a scan."
-        )
-    return lines
+    shape = "x".join(map(str, result.data.shape))
+    return [f"{target}: {shape}, on the grid of {source.name}, with head {chosen}", *advice(result)]
 
 
 def _workspace(files: SiteFolder, plan: RunPlan | None, contrasts: Sequence[str], progress: Progress) -> Workspace:
@@ -165,10 +164,3 @@ def _artifacts(files: SiteFolder, plan: RunPlan | None) -> Artifacts:
     if not ENCODER.exists():
         raise Refused(Code.STATE, "the packaged reference weights are missing.", "install the package again.")
     return Artifacts(ENCODER, HEAD)
-
-
-def _skipped(workspace: Workspace) -> list[str]:
-    """What was left out, for the operator's eyes: at most five lines."""
-    skipped = workspace.cohort.skipped
-    lines = [f"  skipped {s.where}: {s.reason}" for s in skipped[:5]]
-    return lines + ([f"  and {len(skipped) - 5} more"] if len(skipped) > 5 else [])

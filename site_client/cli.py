@@ -83,7 +83,7 @@ def finetune(
 @app.command()
 def evaluate(
     site: SiteFolder,
-    heads: Annotated[str, typer.Option(help="Heads to score: name=path,name=path.")] = "",
+    head: Annotated[list[str] | None, typer.Option(help="A head to score, as name=path; repeat for more.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Take the data from this run plan.")] = None,
     contrast: Annotated[list[str] | None, typer.Option(help="BIDS suffix; repeat for more.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
@@ -95,7 +95,7 @@ def evaluate(
     from sspformer.progress import shown
 
     with shown() as progress:
-        lines = evaluate_site(site, named_paths(heads), plan, contrast or (), json_path, pictures, progress)
+        lines = evaluate_site(site, named_paths(head or ()), plan, contrast or (), json_path, pictures, progress)
     for line in lines:
         typer.echo(line)
 

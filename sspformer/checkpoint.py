@@ -66,6 +66,16 @@ def save_module(
     return save_tensors(path, tensors, metadata, secret)
 
 
+def check_new(path: Path) -> None:
+    """Refuse a target that exists, before hours of work end in it.
+
+    Raises:
+        Refused: E-STATE.
+    """
+    if path.exists() or path.is_symlink():
+        raise Refused(Code.STATE, f"{path} exists already.", "choose another name, or remove it.")
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], secret: bool = False) -> str:
     """Write tensors atomically; returns the file's digest. Equal tensors and metadata give equal bytes.
 

@@ -95,13 +95,17 @@ def finetune(
     cache: Cache = Path(".sspformer-cache"),
     threads: Threads = 0,
 ) -> None:
-    """Fine-tune a head on one dataset; the encoder stays frozen."""
-    from sspformer.checkpoint import save_module
+    """Fine-tune a head on one dataset; the encoder stays frozen.
+
+    The file also says how large gradients were on DATA, for private training: publish it only where DATA may be public.
+    """
+    from sspformer.checkpoint import check_new, save_module
     from sspformer.finetune import gradient_rms, train
     from sspformer.progress import shown
     from sspformer.reference import HEAD
     from sspformer.tasks.denoise import Denoise
 
+    check_new(out)
     with shown() as progress:
         start = {"start": head or HEAD}
         arch, loaded, cohort = _open(data, encoder, start, contrast, noise_sigma, cache, threads, progress)
@@ -110,13 +114,15 @@ def finetune(
               trainable="head", seed=seed, on_step=lambda done, loss: progress("training", done, steps))  # fmt: skip
         sizes = gradient_rms(model, cohort, Denoise(noise_sigma))
     digest = save_module(out, model, arch, "head", gradient_rms=sizes, encoder_digest=cohort.cache.encoder_digest)
+    for line in cohort.skipped_lines():
+        typer.echo(line, err=True)
     typer.echo(f"{out}: {len(cohort.train)} patients, {steps} steps, {digest}")
 
 
 @app.command()
 def evaluate(
     data: Data,
-    heads: Annotated[str, typer.Option(help="Heads to score: name=path,name=path.")] = "",
+    head: Annotated[list[str] | None, typer.Option(help="A head to score, as name=path; repeat for more.")] = None,
     encoder: EncoderFile = None,
     contrast: Contrasts = None,
     noise_sigma: Sigma = 0.10,
@@ -131,10 +137,12 @@ def evaluate(
     from sspformer.tasks.denoise import Denoise
 
     # The packaged head is the one to beat, unless another encoder was given: then it does not fit.
-    paths = ({"warm": HEAD} if encoder is None else {}) | named_paths(heads)
+    paths = ({"warm": HEAD} if encoder is None else {}) | named_paths(head or ())
     with shown() as progress:
         _, loaded, cohort = _open(data, encoder, paths, contrast, noise_sigma, cache, threads, progress)
         scored = score(cohort, Denoise(noise_sigma), loaded)
+    for line in cohort.skipped_lines():
+        typer.echo(line, err=True)
     typer.echo(f"{len(cohort.test)} held-out patients; inside the head | whole slice")
     for name in scored.scores:
         typer.echo(
@@ -153,7 +161,7 @@ def predict(
 ) -> None:
     """Denoise a scan; the output is a BIDS derivative on the input's own grid."""
     from sspformer.checkpoint import file_digest, load_encoder, load_head
-    from sspformer.predict import check_target, save_prediction
+    from sspformer.predict import advice, check_target, save_prediction
     from sspformer.predict import predict as run
     from sspformer.progress import shown
     from sspformer.reference import ENCODER, HEAD
@@ -166,7 +174,8 @@ def predict(
         result = run(source, model, restorer, contrast, lambda d, n: progress("slices", d, n))
     facts = {"Encoder": encoder_digest, "Head": file_digest(head or HEAD), "Task": "denoise"}
     save_prediction(result, source, target, facts)
-    typer.echo(f"{target}")
+    for line in (f"{target}", *advice(result)):
+        typer.echo(line)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,18 +65,20 @@ def evaluate(cohort: Cohort, task: Denoise, heads: Mapping[str, Head], baselines
     return Evaluation(result, pictures)
 
 
-def named_paths(text: str) -> dict[str, Path]:
-    """``name=path,name=path`` as a mapping.
+def named_paths(items: Sequence[str]) -> dict[str, Path]:
+    """Each ``name=path`` as an entry of a mapping.
 
     Raises:
         Refused: E-CONFIG for anything else, and for names that are taken.
     """
     named: dict[str, Path] = {}
-    for item in filter(None, text.split(",")):
+    for item in items:
         name, equals, path = item.partition("=")
         if not equals or not name or not path or name in named or name in ("input", "nlm", "warm", "target"):
             raise Refused(
-                Code.CONFIG, f"--heads {item!r} is not name=path with a free name.", "write local=head.safetensors."
+                Code.CONFIG,
+                f"--head {item!r} is not name=path with a free name.",
+                "write --head mine=head.safetensors.",
             )
         named[name] = Path(path)
     return named

@@ -24,6 +24,8 @@ from sspformer.model.assembly import Head
 from sspformer.model.encoder import Encoder
 from sspformer.tasks.denoise import restore
 
+CLEAN = 0.03  # noise below which the head takes off more than noise
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -70,7 +72,7 @@ def predict(
     for done, (index, image) in enumerate(zip(stack.indices, stack.images, strict=True)):
         progress(done, len(stack.indices))
         restored = restore(head, encode(encoder, image[None], contrast), image[None])[0]
-        intensity = np.clip(restored, 0, None) * stack.scale + stack.floor
+        intensity = np.clip(restored, 0, 1) * stack.scale + stack.floor
         back, covered = geometry.backward(intensity, output[index].shape)
         # Beyond what became 0 and 1 the network saw a clipped value: such voxels keep their own.
         keep = covered & (output[index] >= stack.floor) & (output[index] <= stack.floor + stack.scale)
@@ -122,6 +124,16 @@ def save_prediction(prediction: Prediction, source: Path, target: Path, descript
         raise Refused(
             Code.STATE, f"{target} cannot be written ({error.strerror}).", "check folder and space."
         ) from error
+
+
+def advice(prediction: Prediction) -> list[str]:
+    """A line of warning where the scan is much cleaner than what the head was trained for; else nothing."""
+    if prediction.noise_sigma >= CLEAN:
+        return []
+    return [
+        f"  The input's noise is about {prediction.noise_sigma:.3f}; the head was trained for 0.10 and may smooth away "
+        "fine detail of so clean a scan."
+    ]
 
 
 def check_target(target: Path) -> None:

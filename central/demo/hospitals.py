@@ -8,7 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -32,6 +32,7 @@ class Hospital:
     name: str
     data: Path
     folder: Path
+    usable: int | None = None
 
     @property
     def request(self) -> Path:
@@ -51,10 +52,26 @@ class Hospital:
         """Where its example slices go."""
         return out / "scores" / f"{self.name}.npz"
 
+    def with_usable(self, said: str) -> Hospital:
+        """This hospital with the number of training patients that `site-client finetune` counted.
+
+        Raises:
+            Refused: E-COHORT, it has fewer than two, or nobody to evaluate on.
+        """
+        counted = re.search(r"^(\d+) patients, .*$\n?.*held-out", said, re.MULTILINE)
+        patients = int(counted.group(1)) if counted else 0
+        if patients < 2:
+            raise Refused(
+                Code.COHORT,
+                f"{self.name}: fewer than two usable training patients, or none to evaluate on.",
+                "add patients; four are the least.",
+            )
+        return replace(self, usable=patients)
+
     @property
     def declared_patients(self) -> int:
-        """Training patients, roughly, as a hospital would declare them: three in four of its patients."""
-        return sum(path.is_dir() for path in self.data.glob("sub-*")) * 3 // 4
+        """Training patients as the hospital declares them: counted, or before that three in four of its folders."""
+        return self.usable or sum(path.is_dir() for path in self.data.glob("sub-*")) * 3 // 4
 
     @property
     def mri_bytes(self) -> int:

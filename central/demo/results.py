@@ -47,6 +47,7 @@ def summarise(
     plans: tuple[RunPlan, RunPlan],
     started: float,
     phases: Sequence[Phase],
+    left_out: Sequence[str] = (),
 ) -> Summary:
     """Put the numbers of a finished demo together.
 
@@ -56,6 +57,7 @@ def summarise(
         plans: without and with differential privacy.
         started: when the hospitals were started, seconds since the epoch.
         phases: how long each part took.
+        left_out: a line about every hospital that could not take part.
 
     Raises:
         Refused: E-STATE, a run has no closed round; E-FORMAT, an evaluation is not one.
@@ -85,7 +87,7 @@ def summarise(
         digests={"encoder": manifest.encoder.digest, "warm head": manifest.head.digest},
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
-    return summary.model_copy(update={"warnings": warnings_for(summary)})
+    return summary.model_copy(update={"warnings": [*left_out, *warnings_for(summary)]})
 
 
 def pictures(hospitals: Sequence[Hospital], out: Path) -> dict[str, dict[str, np.ndarray]]:

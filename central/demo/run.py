@@ -91,10 +91,10 @@ def run_demo(demo: Demo, progress: Progress) -> Summary:
                 rooms.join(programs, demo.state, hospital, fingerprint)
             _all(programs, "fetch", hospitals, lambda site: ("site-client", "fetch", site.folder))
 
-        plain, private = _plans(demo, hospitals)
+        _plans(demo, hospitals)
         with progress.phase("every hospital trains alone"):
-            options = ("--plan", demo.plan_path(PLAIN))
-            _all(programs, "alone", hospitals, lambda site: ("site-client", "finetune", site.folder, *options))
+            hospitals, left_out = _train_alone(programs, demo, hospitals, progress)
+        plain, private = _plans(demo, hospitals)  # again: now every hospital knows how many of its patients are usable
 
         started = time.time()
         for hospital in hospitals:
@@ -110,10 +110,45 @@ def run_demo(demo: Demo, progress: Progress) -> Summary:
         with progress.phase("scores on held-out patients"):
             _all(programs, "evaluate", hospitals, lambda site: _evaluate(demo, site))
 
-        summary = summarise(demo, hospitals, (plain, private), started, progress.phases)
+        summary = summarise(demo, hospitals, (plain, private), started, progress.phases, left_out)
         write_summary(summary, demo.out / "summary.json")
         write_report(summary, pictures(hospitals, demo.out), demo.out / "report.html")
     return summary
+
+
+def _train_alone(
+    programs: Programs, demo: Demo, hospitals: Sequence[Hospital], progress: Progress
+) -> tuple[list[Hospital], list[str]]:
+    """Let every hospital train alone. One whose data cannot be used is taken out, and the others carry on.
+
+    Returns:
+        The hospitals that are left, and a line about each of the others.
+
+    Raises:
+        Refused: E-COHORT, fewer than two hospitals are left.
+    """
+    for hospital in hospitals:
+        options = ("--plan", demo.plan_path(PLAIN))
+        programs.start(f"alone-{hospital.name}", "site-client", "finetune", hospital.folder, *options)
+    usable, left_out = [], []
+    for hospital in hospitals:
+        name = f"alone-{hospital.name}"
+        try:
+            programs.wait(name, timeout_s=LONG_S)
+            usable.append(hospital.with_usable(programs.log(name).read_text(errors="replace")))
+        except Refused as refusal:
+            if refusal.code not in (Code.DATA, Code.COHORT):
+                raise
+            left_out.append(f"{hospital.name} was left out. {refusal.what}")
+            progress.say(f"  {left_out[-1]}")
+            programs.run(f"remove-{hospital.name}", "central", "remove", demo.state, hospital.name)
+    if len(usable) < 2:
+        raise Refused(
+            Code.COHORT,
+            f"{len(usable)} of {len(hospitals)} hospitals can take part. {' '.join(left_out)}",
+            "name folders with at least four patients each.",
+        )
+    return usable, left_out
 
 
 def _plans(demo: Demo, hospitals: Sequence[Hospital]) -> tuple[RunPlan, RunPlan]:
@@ -165,9 +200,9 @@ def _federate(programs: Programs, demo: Demo, plan: RunPlan, progress: Progress,
 
 def _evaluate(demo: Demo, site: Hospital) -> tuple[str | Path, ...]:
     heads = {"local": site.local_head, "global": demo.head_path(PLAIN), "global_dp": demo.head_path(PRIVATE)}
-    named = ",".join(f"{name}={path}" for name, path in heads.items())
+    named = [part for name, path in heads.items() for part in ("--head", f"{name}={path}")]
     files = ("--json", site.scores(demo.out), "--pictures", site.pictures(demo.out))
-    return ("site-client", "evaluate", site.folder, "--heads", named, *files)
+    return ("site-client", "evaluate", site.folder, *named, *files)
 
 
 def _all(

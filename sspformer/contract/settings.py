@@ -48,7 +48,9 @@ def _compose(path: Path, text: str) -> yaml.Node | None:
         # Anchors have no place in settings: they make a few bytes stand for millions, or for themselves.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise _refused(path, event.start_mark.line + 1, f"'*{event.anchor}'", "is an alias; write it out")
+                raise _refused(
+                    path, getattr(event.start_mark, "line", 0) + 1, f"'*{event.anchor}'", "is an alias; write it out"
+                )
         root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
         raise _refused(path, 1, "the text", "is nested too deeply") from None

@@ -40,6 +40,12 @@ class Cohort:
         """Whether every entry is still on the disk: somebody may have emptied the cache meanwhile."""
         return all(entry.path.exists() for entries in self.entries.values() for entry in entries)
 
+    def skipped_lines(self, at_most: int = 5) -> list[str]:
+        """What was left out and why, for the eyes of whoever holds the data."""
+        lines = [f"  skipped {skipped.where}: {skipped.reason}" for skipped in self.skipped[:at_most]]
+        more = len(self.skipped) - at_most
+        return lines + ([f"  and {more} more"] if more > 0 else [])
+
     def slice_count(self, subject: str) -> int:
         """Slices of one patient, over all scans and noise variants."""
         return sum(entry.slices for entry in self.entries[subject])

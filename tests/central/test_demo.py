@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from central.demo.hospitals import MARK, claimed, given
+from central.demo.hospitals import MARK, Hospital, claimed, given
 from central.demo.plans import PLAIN, PRIVATE, load_plan, public_size, write_plan
 from central.demo.processes import running
 from sspformer.contract.errors import Refused
@@ -223,3 +223,13 @@ def test_killed_demo_takes_its_programs_along(tmp_path: Path, tree: Path) -> Non
     assert alive(started[:1]) == []
     for pid in alive(started):  # this tree's own child is stubborn by design
         os.kill(pid, signal.SIGKILL)
+
+
+def test_a_hospital_says_how_many_of_its_patients_are_usable(tmp_path: Path) -> None:
+    hospital = Hospital("a", tmp_path, tmp_path / "site")
+    said = "patients read: 9/9\n7 patients, 96 steps: x.safetensors\n  PSNR inside the head, 2 held-out patients: ...\n"
+    assert hospital.with_usable(said).declared_patients == 7
+    for too_few in (said.replace("7 patients", "1 patients"), said.partition("  PSNR")[0], ""):
+        with pytest.raises(Refused) as refusal:
+            hospital.with_usable(too_few)
+        assert refusal.value.code is Code.COHORT

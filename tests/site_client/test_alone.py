@@ -75,7 +75,7 @@ def test_finetune_evaluate_apply(site_client, hospital, tmp_path):
 
     scores, pictures = tmp_path / "deep" / "scores.json", tmp_path / "pictures.npz"
     table = site_client(
-        "evaluate", hospital.root, "--heads", f"local={local}", "--json", scores, "--pictures", pictures
+        "evaluate", hospital.root, "--head", f"local={local}", "--json", scores, "--pictures", pictures
     )
     assert "local" in table
     found = json.loads(scores.read_text())
@@ -129,12 +129,12 @@ def test_skipped_patients_are_told_to_the_operator(site_client, hospital):
 def test_refusals(site_client, hospital, tmp_path):
     assert "E-CONFIG" in site_client("finetune", tmp_path / "nowhere", status=2)
     assert "FLAIR" in site_client("finetune", hospital.root, "--contrast", "FLAIR", status=2)
-    assert "E-CONFIG" in site_client("evaluate", hospital.root, "--heads", "local", status=2)
-    assert "E-STATE" in site_client("evaluate", hospital.root, "--heads", f"x={tmp_path / 'gone'}", status=2)
-    assert "E-TENSORS" in site_client("evaluate", hospital.root, "--heads", f"x={HEAD}", status=2)
+    assert "E-CONFIG" in site_client("evaluate", hospital.root, "--head", "local", status=2)
+    assert "E-STATE" in site_client("evaluate", hospital.root, "--head", f"x={tmp_path / 'gone'}", status=2)
+    assert "E-TENSORS" in site_client("evaluate", hospital.root, "--head", f"x={HEAD}", status=2)
     other = tmp_path / "other"
     save_module(other, Head(MINI), MINI, "head", encoder_digest="sha256:" + 64 * "f")
-    assert "E-TENSORS" in site_client("evaluate", hospital.root, "--heads", f"x={other}", status=2)
+    assert "E-TENSORS" in site_client("evaluate", hospital.root, "--head", f"x={other}", status=2)
     source = tmp_path / "sub-02_T1w.nii.gz"
     head_image(2, (120, 132, 1)).to_filename(source)
     refused = ("apply", source, tmp_path / "o.nii.gz", "--site", hospital.root, "--head", other)

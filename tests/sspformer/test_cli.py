@@ -64,7 +64,7 @@ def test_finetune_then_evaluate_then_predict(sspformer, small, tmp_path):
     assert "3 patients, 3 steps" in said
     assert file_digest(out) in said
     load_head(out, of=MINI, encoder_digest=file_digest(small / "encoder"))
-    scored = sspformer("evaluate", data, *pair, "--heads", f"tuned={out}")
+    scored = sspformer("evaluate", data, *pair, "--head", f"tuned={out}")
     lines = {line.split()[0]: line for line in scored.splitlines()[1:]}
     assert set(lines) == {"input", "nlm", "tuned"}
     assert all("PSNR" in line and "SSIM" in line for line in lines.values())
@@ -113,7 +113,7 @@ def test_a_head_of_another_encoder_is_refused_everywhere(sspformer, small, tmp_p
     for command in (
         ("predict", small / "sub-01_T1w.nii.gz", tmp_path / "o.nii.gz", *pair, "--head", small / "head"),
         ("finetune", small / "data", "--out", tmp_path / "h", *cached, "--head", small / "head"),
-        ("evaluate", small / "data", *cached, "--heads", f"x={small / 'head'}"),
+        ("evaluate", small / "data", *cached, "--head", f"x={small / 'head'}"),
     ):
         assert "E-TENSORS" in sspformer(*command, status=2), command
 
@@ -172,7 +172,7 @@ def test_bad_weights(sspformer, small, tmp_path):
     assert "E-FORMAT" in sspformer(*base, "--encoder", tmp_path / "pickle.pt", status=2)
     scan, out = small / "sub-01_T1w.nii.gz", tmp_path / "o.nii.gz"
     assert "E-TENSORS" in sspformer("predict", scan, out, "--head", small / "head", status=2)
-    evaluate = ("evaluate", small / "data", "--cache", tmp_path / "c", "--encoder", small / "encoder", "--heads")
+    evaluate = ("evaluate", small / "data", "--cache", tmp_path / "c", "--encoder", small / "encoder", "--head")
     assert "E-CONFIG" in sspformer(*evaluate, "nonsense", status=2)
     assert "E-STATE" in sspformer(*evaluate, f"a={tmp_path / 'gone'}", status=2)
     assert "E-TENSORS" in sspformer(*evaluate, f"a={HEAD}", status=2)

@@ -99,9 +99,11 @@ def test_nobody_held_out_is_one_line(tmp_path, make_cache):
 
 
 def test_named_paths():
-    assert {n: str(p) for n, p in named_paths("a=x,b=y/z").items()} == {"a": "x", "b": "y/z"}
-    assert named_paths("") == {}
-    for wrong in ("a", "=x", "a=", "a=x,a=y", "input=x", "nlm=x", "warm=x", "target=x"):
+    assert {n: str(p) for n, p in named_paths(["a=x, y", "b=y/z"]).items()} == {"a": "x, y", "b": "y/z"}
+    assert named_paths([]) == {}
+    for wrong in ("a", "=x", "a=", "input=x", "nlm=x", "warm=x", "target=x"):
         with pytest.raises(Refused) as caught:
-            named_paths(wrong)
+            named_paths([wrong])
         assert caught.value.code is Code.CONFIG
+    with pytest.raises(Refused):
+        named_paths(["a=x", "a=y"])
