@@ -100,14 +100,14 @@ def answer(
         if digest_tensors(delta) != task.head_digest:
             raise Refused(Code.DIGEST, "The global head is not the one that the task names.", "Tell the coordinator.")
         runs = Runs(site.folder)
-        runs.check(task)
+        kept = _kept(site.folder, task) if task.kind == "train" else None
+        runs.check(task, kept is not None)
         if task.kind == "final":
             if not runs.is_delivered(task):  # an old final head must not replace a newer run's
                 finish_function(site, plan, delta)
                 runs.note(task)
             event(Event.FINISHED)
             return Answer()
-        kept = _kept(site.folder, task)
         if kept is not None:
             event(Event.REPEATED, round=task.round)
             return kept

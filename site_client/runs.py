@@ -60,8 +60,12 @@ class Runs:
         except (Refused, ValidationError):
             raise _damaged(path, "damaged") from None
 
-    def check(self, task: RoundTask) -> None:
-        """Hold a verified task that no kept reply answers against what was done before.
+    def check(self, task: RoundTask, is_kept: bool = False) -> None:
+        """Hold a verified task against what was done before.
+
+        Args:
+            task: the task.
+            is_kept: whether a kept reply answers it, byte for byte: then no round is trained, whichever it is.
 
         Raises:
             Refused: E-PLAN for another plan under the run's name, a round below the highest trained one, another head
@@ -77,6 +81,8 @@ class Runs:
                 raise _refused(task, "has ended here with another head")
         elif record.final is not None:
             raise _refused(task, "has ended here")
+        elif is_kept:
+            return
         elif task.round < record.trained:
             raise _refused(task, f"is at round {record.trained} here, not at {task.round}")
         elif task.round == record.trained and task.head_digest != record.head:

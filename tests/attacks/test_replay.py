@@ -138,7 +138,7 @@ def test_the_replay_is_refused_after_a_restart(site: Hospital, monkeypatch, repl
 
 @pytest.mark.parametrize("replay", REPLAYS)
 def test_mutant_without_the_record_the_replay_works(site: Hospital, monkeypatch, replay) -> None:
-    monkeypatch.setattr(Runs, "check", lambda runs, task: None)
+    monkeypatch.setattr(Runs, "check", lambda runs, task, is_kept=False: None)
     monkeypatch.setattr(Runs, "is_delivered", lambda runs, task: False)
     assert replay(site).code is None
     assert len(site.trained) > len(set(site.trained)) or site.current or replay is other_plan_under_the_name
@@ -187,6 +187,17 @@ def test_a_crash_before_the_reply_was_kept_trains_the_round_again(site: Hospital
         assert ask(site, 1) == Answer(code="E-INTERNAL")
     assert ask(site, 1).tensors
     assert site.trained == [("test", 1), ("test", 1)]
+
+
+def test_a_crash_in_the_next_round_leaves_the_last_reply_good(site: Hospital, monkeypatch) -> None:
+    """Round 2 is noted and its reply is not kept: a coordinator that lost round 1 still gets its very bytes."""
+    first = ask(site, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(app_module, "_keep", lambda *_: 1 / 0)
+        assert ask(site, 2, value=0.25) == Answer(code="E-INTERNAL")
+    assert ask(site, 1) == first
+    assert ask(site, 1, value=0.5) == REFUSED  # any other round 1 stays refused
+    assert site.trained == [("test", 1), ("test", 2)]
 
 
 def test_a_refused_round_binds_the_name_to_nothing(site: Hospital, monkeypatch) -> None:

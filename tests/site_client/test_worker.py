@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -124,3 +127,15 @@ def test_no_task_is_no_event(make_runner, monkeypatch):
     runner, _ = make_runner({"AcquireTask": AcquireTaskResponse})
     assert not runner.take_one()
     assert seen == []
+
+
+def test_a_site_that_cannot_be_opened_says_a_code_and_tells_the_operator_why(tmp_path):
+    site = tmp_path / "ward-Miller"
+    site.mkdir()
+    command = [sys.executable, "-m", "site_client.worker", str(site), "--runtime-api", "127.0.0.1:1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "Miller" not in ended.stdout + ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert re.fullmatch(r"E-STATE: (.*) Next: (.*)", last), "the form in which the supervisor shows it"
+    assert str(site / "keys" / "superexec.secret") in (site / "logs" / "operator.log").read_text()
