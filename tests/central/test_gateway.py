@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -141,7 +142,11 @@ def test_mutant_without_the_bound_lets_one_site_hold_them_all(federation, two_si
 
 def start(federation) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "central.gateway", str(federation.root)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Flower, which other tests of this process import, makes gRPC talkative for every process below it.
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_the_process_serves_and_stops_on_sigterm(federation, tmp_path):
