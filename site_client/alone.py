@@ -114,7 +114,7 @@ def evaluate_site(
 def apply_head(
     root: Path, source: Path, target: Path, head_path: Path | None, contrast: str | None, progress: Progress
 ) -> list[str]:
-    """Denoise one scan: with the last run's head, or else the one that this site trained alone, or else the warm one."""
+    """Denoise one scan: with the last run's head, else the one that this site trained alone, else the warm one."""
     check_target(target)
     files = SiteFolder.open(root)
     torch.set_num_threads(files.config.threads)

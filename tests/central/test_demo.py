@@ -15,7 +15,7 @@ import pytest
 from central.demo.hospitals import MARK, Hospital, claimed, given
 from central.demo.plans import PLAIN, PRIVATE, load_plan, public_size, write_plan
 from central.demo.processes import running
-from sspformer.contract.errors import Refused
+from sspformer.contract.errors import Code, Refused
 from sspformer.contract.privacy import MechanismEvent
 
 DIGESTS = {"encoder": "sha256:" + "a" * 64, "head": "sha256:" + "b" * 64}
