@@ -51,7 +51,18 @@ class SiteConfig(BaseModel):
         Raises:
             Refused: E-CONFIG naming file, line and key.
         """
-        return load_settings(path, cls)
+        config = load_settings(path, cls)
+        # `save` spells every limit out, so one that is missing means a damaged file, and a default in its place could
+        # be looser than what the hospital had set.
+        spelt = config.policy.model_fields_set if "policy" in config.model_fields_set else set()
+        missing = [name for name in Policy.model_fields if name not in spelt]
+        if missing:
+            raise Refused(
+                Code.CONFIG,
+                f"{path}: key 'policy.{missing[0]}' is missing; every limit must be written out.",
+                "Restore the file, or write the limit that this hospital wants.",
+            )
+        return config
 
     @classmethod
     def make(cls, *, name: str, data: Path, device: str) -> SiteConfig:

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -211,6 +212,8 @@ class GatewayClient:
                         "Check the network and ask whether the coordinator is running; then run the same command "
                         "again: it continues where it stopped.",
                     ) from None
+                if failures == 1:
+                    print(f"The coordinator at {self._target} does not answer; trying again ...", file=sys.stderr)
                 time.sleep(self._backoff.pause_s(failures))
             except OSError as error:
                 raise Refused(

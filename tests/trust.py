@@ -28,6 +28,7 @@ from sspformer.contract.joining import Admission
 from sspformer.contract.keys import fingerprint, parse_public
 
 QUICK = Backoff(attempts=3, first_s=0.01, longest_s=0.02)
+PATIENT = Backoff(attempts=50, first_s=0.01, longest_s=0.05)
 MIB = 1 << 20
 
 
@@ -107,9 +108,9 @@ def through(folder: SiteFolder, port: int) -> SiteFolder:
     return replace(folder, config=folder.config.model_copy(update={"coordinator": coordinator}))
 
 
-def client(folder: SiteFolder, port: int | None = None) -> GatewayClient:
+def client(folder: SiteFolder, port: int | None = None, backoff: Backoff = QUICK) -> GatewayClient:
     """Return a client that does not wait long."""
-    return GatewayClient(through(folder, port) if port else folder, QUICK, call_timeout_s=5.0)
+    return GatewayClient(through(folder, port) if port else folder, backoff, call_timeout_s=5.0)
 
 
 class CuttingProxy:

@@ -74,9 +74,7 @@ def test_finetune_evaluate_apply(site_client, hospital, tmp_path):
     assert any(p.detach().abs().max() > 0 for name, p in head.named_parameters() if name.startswith("tail.last"))
 
     scores, pictures = tmp_path / "deep" / "scores.json", tmp_path / "pictures.npz"
-    table = site_client(
-        "evaluate", hospital.root, "--head", f"local={local}", "--json", scores, "--pictures", pictures
-    )
+    table = site_client("evaluate", hospital.root, "--head", f"local={local}", "--json", scores, "--pictures", pictures)
     assert "local" in table
     found = json.loads(scores.read_text())
     assert (found["patients_train"], found["patients_test"]) == (7, 2)

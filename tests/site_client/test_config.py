@@ -56,17 +56,30 @@ def test_a_wrong_line_is_named(tmp_path, old, new, key, reason):
 
 
 def test_data_may_be_relative_to_the_folder(tmp_path):
-    (tmp_path / "site.yaml").write_text("name: alpha\ndata: bids\n")
-    assert SiteFolder.open(tmp_path).data == tmp_path / "bids"
-    (tmp_path / "site.yaml").write_text("name: alpha\ndata: /srv/bids\n")
-    assert SiteFolder.open(tmp_path).data == Path("/srv/bids")
+    for data, meant in (("bids", tmp_path / "bids"), ("/srv/bids", Path("/srv/bids"))):
+        SiteConfig.make(name="alpha", data=Path(data), device="cpu").save(tmp_path / "site.yaml")
+        assert SiteFolder.open(tmp_path).data == meant
 
 
 def test_a_site_that_has_not_joined_says_how(tmp_path):
-    (tmp_path / "site.yaml").write_text("name: alpha\ndata: bids\n")
+    SiteConfig.make(name="alpha", data=Path("bids"), device="cpu").save(tmp_path / "site.yaml")
     folder = SiteFolder.open(tmp_path)
     with pytest.raises(Refused, match="not joined") as refusal:
         folder.coordinator()
     assert "site-client accept" in refusal.value.next_step
     with pytest.raises(Refused, match="cannot be read"):
         folder.coordinator_key()
+
+
+def test_a_file_cut_short_does_not_loosen_a_limit(tmp_path: Path) -> None:
+    """The end of the file is lost: the hospital's own cap must not become the default one."""
+    path = saved(tmp_path)
+    whole = path.read_text().replace("max_epsilon: 8.0", "max_epsilon: 1.0")
+    assert "max_epsilon: 1.0" in whole
+    path.write_text(whole)
+    assert SiteConfig.load(path).policy.max_epsilon == 1.0
+    for end in (whole.index("  max_epsilon"), whole.index("policy:")):
+        path.write_text(whole[:end])
+        with pytest.raises(Refused, match=r"'policy\.\w+' is missing") as refusal:
+            SiteConfig.load(path)
+        assert refusal.value.code is Code.CONFIG

@@ -16,14 +16,15 @@ from site_client.gateway_client import Backoff
 from sspformer.contract.canonical import digest_file
 from sspformer.contract.errors import Code, Refused
 from sspformer.contract.manifest import Artifact
-from tests.trust import MIB, CuttingProxy, client, free_port, join, make_federation, publish, serving, through
+from tests.trust import MIB, PATIENT, CuttingProxy, client, free_port, join, make_federation, publish, serving, through
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     folder = tmp_path_factory.mktemp("central")
     federation = make_federation(folder / "federation")
-    publish(federation, folder / "models")
+    # Much more than sockets and flow control hold: a cut or a stop then really falls into the download.
+    publish(federation, folder / "models", 32 * MIB)
     return federation
 
 
@@ -64,23 +65,24 @@ def test_fetch_stores_both_artifacts_and_the_manifest(federation, site):
 
 
 def test_three_cuts_resume_at_the_offset(federation, site, offsets):
-    cuts = [1_500_000, 700_000, 2_000_000]
-    with serving(federation) as port, CuttingProxy(port, cuts) as proxy, client(site, proxy.port) as gateway:
+    cuts = [8 * MIB, 6 * MIB, 9 * MIB]
+    with serving(federation) as port, CuttingProxy(port, cuts) as proxy, client(site, proxy.port, PATIENT) as gateway:
         path = gateway.fetch_blob(encoder_of(federation))
         assert proxy.cut_count == 3
     assert digest_file(path) == encoder_of(federation).digest
     assert offsets[0] == 0
     assert len(offsets) == 4
     assert offsets == sorted(offsets)
-    assert offsets[1] >= MIB  # the bytes before the cut were kept, not fetched again
-    assert offsets[3] > offsets[1]
+    # What arrived before the cuts was kept, not fetched again. (A reset throws away what no program has read yet, so
+    # one cut alone may leave nothing behind.)
+    assert offsets[3] >= MIB
     assert not path.with_name(path.name + ".part").exists()
 
 
 def test_the_gateway_stopped_and_started_again(federation, site, offsets):
     port = free_port()
     artifact = encoder_of(federation)
-    with client(site, port) as gateway:
+    with client(site, port, PATIENT) as gateway:
         first = serving(federation, port)
         second = serving(federation, port)
         first.__enter__()
