@@ -130,8 +130,17 @@ class GridTransport:
                 reply = Reply(site, request.task, code=Code.FORMAT.value)
             if reply is not None:
                 del self._out[message_id]
+                if reply.code is not None and not self._is_admitted(site):
+                    # The SuperLink notices that a removed node is gone before the next look at the register does.
+                    reply = Reply(site, request.task, code=Code.SIGNATURE.value)
                 replies.append(reply)
         return replies
+
+    def _is_admitted(self, site: str) -> bool:
+        try:
+            return site in self._sites()
+        except Refused:  # a damaged register removes nobody
+            return True
 
     @staticmethod
     def _message(node_id: int, request: Request) -> Message:
