@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from central.report.summary import read_summary
+from site_client.privacy.accounting import epsilon
+from site_client.privacy.events import Events
+from sspformer.contract.privacy import MechanismEvent
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow, pytest.mark.timeout(540)]
 
@@ -128,3 +131,50 @@ def test_missing_folder_is_one_line_and_starts_nothing(tmp_path: Path, start: St
     assert demo.lines[-1].startswith("E-DATA: ")
     assert len(demo.lines) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_kill_9_of_a_worker_in_a_private_round_forgets_no_epsilon(tmp_path: Path, start: Start) -> None:
+    """A real worker dies while it trains on patients: the run finishes, and what it had begun stays on the books."""
+    out = tmp_path / "out"
+    site = out / "sites" / "north"
+    demo = start(out, "--patients", "24", "--rounds", "2")
+    reader = threading.Thread(target=demo.watch, daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 400
+    while not (events := kinds(site)) or events[-1] != "STARTED":
+        assert time.monotonic() < deadline, "".join(demo.lines)
+        assert demo.process.poll() is None, "".join(demo.lines)
+        time.sleep(0.005)
+    worker = next(p for p in demo.family if is_worker(p, site))
+    worker.kill()
+    reader.join(420)
+    assert demo.process.returncode == 0, "".join(demo.lines)
+    assert demo.left_behind() == []
+    private = read_summary(out / "summary.json").dp
+    assert private is not None
+    assert kinds(site).count("STARTED") == kinds(site).count("SPENT") + 1 == 3  # two rounds, and one begun twice
+    charged = Events(site / "privacy").charged()
+    one_round = MechanismEvent(
+        sample_rate=private.sample_rate,
+        noise_multiplier=private.noise_multiplier,
+        steps=private.steps // 2,
+        clipping_norm=private.clipping_norm,
+    )
+    assert charged == [one_round] * 3
+    assert private.epsilon == pytest.approx(epsilon([one_round] * 3, private.delta), abs=1e-3)
+    assert private.epsilon > epsilon([one_round] * 2, private.delta) + 0.1  # without the orphan it would say less
+
+
+def kinds(site: Path) -> list[str]:
+    """The site's privacy events, by kind."""
+    path = site / "privacy" / "events.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line)["kind"] for line in lines]
+
+
+def is_worker(process: psutil.Process, site: Path) -> bool:
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    return "site_client.worker" in command and str(site) in command
