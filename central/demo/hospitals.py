@@ -23,6 +23,8 @@ WARPED = ("north", "east", "west")
 HOST = "127.0.0.1"
 MARK = ".sspformer-demo"
 MAX_EPSILON = 8.0
+CONTRASTS = ("T1w", "FLAIR", "T2w", "PDw", "T2starw")  # in the order of preference
+FEWEST = 4  # subjects with the contrast: two to train on, two held out
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ class Hospital:
         """Training patients as the hospital declares them: counted, or before that three in four of its folders."""
         return self.usable or sum(path.is_dir() for path in self.data.glob("sub-*")) * 3 // 4
 
+    def subjects_with(self, contrast: str) -> int:
+        """Subjects that have a scan of a contrast, by file name; enhanced scans do not count."""
+        return sum(
+            any("_ce-" not in scan.name for scan in folder.glob(f"**/anat/*_{contrast}.nii*"))
+            for folder in self.data.glob("sub-*")
+        )
+
     @property
     def mri_bytes(self) -> int:
         """Bytes of all image files under the data folder."""
@@ -122,6 +131,11 @@ def given(folders: Sequence[Path], out: Path) -> list[Hospital]:
             raise Refused(Code.CONFIG, f"two of the folders are called {name}.", "rename one of them.")
         hospitals.append(Hospital(name, folder.resolve(), out / "sites" / name))
     return hospitals
+
+
+def shared_contrast(hospitals: Sequence[Hospital]) -> str:
+    """The contrast that most hospitals have enough of; T1w where several are equal."""
+    return max(CONTRASTS, key=lambda c: sum(hospital.subjects_with(c) >= FEWEST for hospital in hospitals))
 
 
 def make_warped(programs: Programs, out: Path, patients: int, seed: int) -> list[Hospital]:

@@ -21,7 +21,14 @@ def public_size(patients: int) -> int:
     return 1 << (max(2, patients).bit_length() - 1)
 
 
-def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int, rounds: int | None = None) -> RunPlan:
+def load_plan(
+    name: str,
+    published: Mapping[str, str],
+    sites: int,
+    smallest: int,
+    rounds: int | None = None,
+    contrast: str = "T1w",
+) -> RunPlan:
     """Fill in one of the packaged plans.
 
     Args:
@@ -30,9 +37,11 @@ def load_plan(name: str, published: Mapping[str, str], sites: int, smallest: int
         sites: how many hospitals take part.
         smallest: training patients of the smallest hospital.
         rounds: instead of the plan's own number, for a quick look.
+        contrast: BIDS suffix of the scans to train on.
     """
     settings: dict[str, Any] = yaml.safe_load((files("central.demo") / f"{name}.yaml").read_text())
     settings |= dict(published)
+    settings["contrasts"] = [contrast]
     settings["rounds"] = rounds or settings["rounds"]
     settings["quorum"] = min(settings["quorum"], sites)  # the demo shows every hospital, so it waits for all
     if name == PRIVATE:

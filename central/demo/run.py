@@ -156,7 +156,8 @@ def _plans(demo: Demo, hospitals: Sequence[Hospital]) -> tuple[RunPlan, RunPlan]
     manifest = published(demo.state)
     digests = {"encoder": manifest.encoder.digest, "head": manifest.head.digest}
     smallest = min(hospital.declared_patients for hospital in hospitals)
-    plans = [load_plan(run, digests, len(hospitals), smallest, demo.rounds) for run in (PLAIN, PRIVATE)]
+    contrast = rooms.shared_contrast(hospitals)
+    plans = [load_plan(run, digests, len(hospitals), smallest, demo.rounds, contrast) for run in (PLAIN, PRIVATE)]
     for plan in plans:
         write_plan(plan, demo.plan_path(plan.run))
     return plans[0], plans[1]
@@ -202,7 +203,8 @@ def _evaluate(demo: Demo, site: Hospital) -> tuple[str | Path, ...]:
     heads = {"local": site.local_head, "global": demo.head_path(PLAIN), "global_dp": demo.head_path(PRIVATE)}
     named = [part for name, path in heads.items() for part in ("--head", f"{name}={path}")]
     files = ("--json", site.scores(demo.out), "--pictures", site.pictures(demo.out))
-    return ("site-client", "evaluate", site.folder, *named, *files)
+    plan = ("--plan", demo.plan_path(PLAIN))  # its contrast and noise
+    return ("site-client", "evaluate", site.folder, *plan, *named, *files)
 
 
 def _all(

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from central.demo.hospitals import MARK, Hospital, claimed, given
+from central.demo.hospitals import MARK, Hospital, claimed, given, shared_contrast
 from central.demo.plans import PLAIN, PRIVATE, load_plan, public_size, write_plan
 from central.demo.processes import running
 from sspformer.contract.errors import Code, Refused
@@ -233,3 +233,20 @@ def test_a_hospital_says_how_many_of_its_patients_are_usable(tmp_path: Path) -> 
         with pytest.raises(Refused) as refusal:
             hospital.with_usable(too_few)
         assert refusal.value.code is Code.COHORT
+
+
+def test_the_demo_takes_the_contrast_that_the_hospitals_share(tmp_path: Path) -> None:
+    def hospital(name: str, **counts: int) -> Hospital:
+        for contrast, count in counts.items():
+            for i in range(count):
+                folder = tmp_path / name / f"sub-{i}" / "anat"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"sub-{i}_{contrast}.nii.gz").touch()
+                (folder / f"sub-{i}_ce-gadolinium_T2w.nii.gz").touch()
+        return Hospital(name, tmp_path / name, tmp_path / "site")
+
+    both, flair = hospital("both", T1w=5, FLAIR=5), hospital("flair", FLAIR=6, T1w=2)
+    assert shared_contrast([both]) == "T1w"
+    assert shared_contrast([both, flair]) == "FLAIR"
+    assert both.subjects_with("T2w") == 0
+    assert load_plan(PLAIN, DIGESTS, 2, 9, contrast="FLAIR").contrasts == ("FLAIR",)
