@@ -34,6 +34,10 @@ _PASSING = (Refused, OSError, subprocess.SubprocessError)
 _REFUSAL = re.compile(r"(E-[A-Z]+): (.*) Next: (.*)")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
+# A supervisor starts programs by fork. Where something has brought gRPC along, its fork handlers may abort the whole
+# process ("epoll_wait error: Bad file descriptor"); nobody needs them, because every child replaces itself at once.
+NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+os.environ |= NO_FORK_HANDLERS
 
 
 Ready = Callable[[Callable[[], bool]], bool]
@@ -282,7 +286,11 @@ def quiet_environment(**extra: str) -> dict[str, str]:
     """
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+    quiet = NO_FORK_HANDLERS | {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     return kept | {"PATH": path} | quiet | extra
 
 
