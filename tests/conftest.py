@@ -11,8 +11,8 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported: tests share few cores
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Before gRPC is imported: this process runs gRPC servers and starts programs by fork, and gRPC's fork handlers may abort a
-# child before it becomes the program.
+# Before gRPC is imported: this process runs gRPC servers and starts programs by fork, and gRPC's fork handlers may
+# abort a child before it becomes the program.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 ROOT = Path(__file__).resolve().parent.parent
